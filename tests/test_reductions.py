@@ -1,0 +1,86 @@
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_ext.functional.reductions import nearly_equal, reward_at_end, reward_to_go, weighted_mean, whiten
+
+
+def close(actual, expected, **tolerance):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), **tolerance)
+
+
+MASK = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])
+LAST = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 1, 1, 0, 0, 1, 1, 1]),
+        ({"gamma": 0.9}, [0.59049, 0.6561, 0.729, 0, 0, 0.81, 0.9, 1]),
+        ({"gamma": 0.9, "discount": "all"}, [0.478297, 0.531441, 0.59049, 0, 0, 0.81, 0.9, 1]),
+    ],
+)
+def test_reward_to_go_skips_untrainable_tokens(options, expected):
+    close(reward_to_go(LAST, MASK, **options)[0], expected, atol=1e-6, rtol=0)
+
+
+@given(st.data())
+def test_reward_to_go_equals_the_backward_loop(data):
+    length = data.draw(st.integers(1, 40))
+    mask = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
+    rewards = data.draw(st.lists(st.floats(-1e3, 1e3), min_size=length, max_size=length))
+    gamma = data.draw(st.floats(0.01, 1.0))
+    discount = data.draw(st.sampled_from(["trainable", "all"]))
+    actual = reward_to_go(torch.tensor([rewards], dtype=torch.float64), torch.tensor([mask]), gamma, discount)
+    close(actual[0], reference.reward_to_go(rewards, mask, gamma, discount), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0, -0.5, 1.5, float("nan"), "0.9", None])
+def test_reward_to_go_refuses_a_discount_outside_its_range(gamma):
+    with pytest.raises(ValueError, match=r"gamma must be a number in \(0, 1\], got"):
+        reward_to_go(LAST, MASK, gamma=gamma)
+
+
+def test_reward_to_go_refuses_an_unknown_discount():
+    with pytest.raises(ValueError, match="discount must be 'trainable' or 'all', got 'some'"):
+        reward_to_go(LAST, MASK, discount="some")
+
+
+def test_reward_at_end_finds_the_last_trainable_token():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    rewards, scored = reward_at_end(torch.tensor([0.0, 2.0, 3.0, float("nan")]), mask)
+    close(rewards, [[0, 0, 0, 0], [0, 0, 2, 0], [3, 0, 0, 0], [0, 0, 0, 0]])
+    assert scored.nonzero().tolist() == [[0, 1], [1, 2], [2, 0]]  # a reward of 0 is a reward, NaN is none
+
+
+def test_whiten_keeps_a_small_variance_beside_a_large_mean():
+    values = 1000 + torch.tensor([0.005, -0.005] * 50, dtype=torch.float64)
+    whitened = whiten(values, torch.ones(100))
+    close(whitened.square().mean(), 2.5e-5 / (2.5e-5 + 1e-8), atol=1e-7, rtol=0)
+
+
+def test_whiten_of_one_value_is_zero_with_either_correction():
+    for correction in (0, 1):
+        close(whiten(torch.tensor([3.0]), torch.ones(1), correction), [0.0])
+
+
+def test_weighted_mean_without_weight_is_zero():
+    close(weighted_mean(torch.tensor([3.0, 4.0]), torch.zeros(2)), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, 1.0], True), ([1.0, 1.0 + 1e-5], False), ([1e4, 1e4 + 1e-3], True), ([5.0, 7.0], False)],
+)
+def test_nearly_equal_is_relative_to_the_size(values, expected):
+    values = torch.tensor(values, dtype=torch.float64)
+    assert nearly_equal(values, torch.ones(2, dtype=torch.bool), dim=0).item() is expected
+
+
+def test_nearly_equal_looks_at_the_selected_entries_only():
+    where = torch.tensor([True, False, True])
+    assert nearly_equal(torch.tensor([1.0, float("nan"), 1.0]), where, dim=0)
+    assert nearly_equal(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.bool), dim=0)

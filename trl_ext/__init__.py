@@ -1,0 +1,34 @@
+"""
+The missing pieces of TRL, as options of TRL's own trainers.
+
+Importing this package loads neither torch nor TRL and changes nothing; each public name is loaded when it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_PUBLIC = {
+    "GRPOConfig": "trl_ext.trainers.grpo",
+    "GRPOTrainer": "trl_ext.trainers.grpo",
+    "register": "trl_ext.registration",
+    "unregister": "trl_ext.registration",
+}
+__all__ = ["GRPOConfig", "GRPOTrainer", "__version__", "register", "unregister"]
+
+if TYPE_CHECKING:
+    from .registration import register as register
+    from .registration import unregister as unregister
+    from .trainers.grpo import GRPOConfig as GRPOConfig
+    from .trainers.grpo import GRPOTrainer as GRPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

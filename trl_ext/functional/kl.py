@@ -1,0 +1,158 @@
+r"""
+Estimators of the KL divergence of the policy from the reference, \\(\mathrm{KL}(\pi\|\pi_{\mathrm{ref}})\\), per token.
+
+Symbols: \\(\ell_t\\) `per_token_logps`, \\(d_t = \ell_t - \ell^{\mathrm{ref}}_t\\) the log-ratio, policy over reference
+(always this sign), \\(w_t = \exp(\ell_t - \ell^{\mathrm{old}}_t)\\) the ratio of the policy to the sampler. Tokens are
+sampled from the policy (`old`, where it is given); the unit is nats.
+
+An unbiased *value* says nothing about the *gradient*; each docstring states both. Values saturate at |d| = 20, far beyond
+any useful policy, so that none overflows; gradients do so only where the docstring says it.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+SATURATION = 20.0  # nats; e²⁰ ≈ 4.9e8
+
+
+def _with_gradient(value: torch.Tensor, slope: torch.Tensor, per_token_logps: torch.Tensor) -> torch.Tensor:
+    """`value`, with the gradient `slope · ∇ per_token_logps`."""
+    return value.detach() + slope.detach() * (per_token_logps - per_token_logps.detach())
+
+
+def k1(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torch.Tensor:
+    r"""
+    The log-ratio.
+
+    $$ k_1 = d $$
+
+    Schulman, 2020 (http://joschu.net/blog/kl-approx.html). Expectation over tokens of the policy: the KL; any sign,
+    large spread. Gradient as a loss: 0 in expectation, no penalty at all. As a constant in the reward: that of the KL.
+
+    Args:
+        per_token_logps, ref_per_token_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities of the sampled tokens under the policy and the reference, in nats.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: Estimate of each token, in nats.
+
+    Example:
+
+    >>> k1(torch.tensor([-1.0]), torch.tensor([-1.5]))
+    tensor([0.5000])
+    """
+    return per_token_logps - ref_per_token_logps
+
+
+def k2(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torch.Tensor:
+    r"""
+    Half the squared log-ratio.
+
+    $$ k_2 = \tfrac12 d^2 $$
+
+    Schulman, 2020 (http://joschu.net/blog/kl-approx.html). Expectation over tokens of the policy:
+    \\(\tfrac12\mathbb E[d^2]\\), the KL to second order in \\(d\\); never negative. Gradient as a loss, on-policy: that
+    of the KL, for any \\(d\\).
+
+    Args:
+        per_token_logps, ref_per_token_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities of the sampled tokens under the policy and the reference, in nats.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: Estimate of each token, in nats; 200 from |d| = 20 on, with gradient d.
+
+    Example:
+
+    >>> k2(torch.tensor([-1.0]), torch.tensor([-1.5]))
+    tensor([0.1250])
+    """
+    log_ratio = per_token_logps - ref_per_token_logps
+    return _with_gradient(log_ratio.clamp(-SATURATION, SATURATION).square() / 2, log_ratio, per_token_logps)
+
+
+def k3(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torch.Tensor:
+    r"""
+    The log-ratio with a control variate of expectation 0.
+
+    $$ k_3 = e^{-d} - 1 + d,\qquad e^{-d} = \pi_{\mathrm{ref}}/\pi $$
+
+    Schulman, 2020 (http://joschu.net/blog/kl-approx.html); Shao et al., 2024, Eq. 4
+    (https://huggingface.co/papers/2402.03300). Expectation over tokens of the policy: the KL; never negative, small
+    spread near the reference. Gradient as a loss, on-policy: that of the *forward* KL(ref‖policy); see [`kl_in_loss`].
+
+    Args:
+        per_token_logps, ref_per_token_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities of the sampled tokens under the policy and the reference, in nats.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: Estimate of each token, in nats. Value and slope \\(1-e^{-d}\\) are those at
+        |d| = 20 beyond it.
+
+    Example:
+
+    >>> k3(torch.tensor([-1.0]), torch.tensor([-1.5]))
+    tensor([0.1065])
+    """
+    log_ratio = (per_token_logps - ref_per_token_logps).clamp(-SATURATION, SATURATION)
+    # expm1 keeps the value near d = 0, where exp(-d) - 1 + d would round to 0.
+    return _with_gradient(torch.expm1(-log_ratio) + log_ratio, -torch.expm1(-log_ratio), per_token_logps)
+
+
+def kl_in_loss(
+    estimator: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    per_token_logps: torch.Tensor,
+    ref_per_token_logps: torch.Tensor,
+    old_per_token_logps: torch.Tensor,
+    mask: torch.Tensor,
+    bias_correction: bool = True,
+) -> torch.Tensor:
+    r"""
+    Penalty of each token as a term of the loss, weighted by the ratio so that its gradient is that of the KL.
+
+    | estimator | value | gradient |
+    |---|---|---|
+    | `k2`, `k3` | \\(w\,k\\) | \\(w\,d\,\nabla\ell\\): unbiased for KL(policy‖ref), on- and off-policy |
+    | any other \\(f\\), `k1` too | \\(w f\\) | \\(\nabla[w f]\\), \\(w\\) attached: unbiased for \\(\mathbb E_\pi[f]\\) |
+
+    For `k3` this is \\(\nabla[w\,k_3]\\) with \\(w\\) attached, because \\(k_3 + 1 - e^{-d} = d\\), but without the
+    cancellation that loses it in float32 below d = −16 (DeepSeek-V3.2, https://huggingface.co/papers/2512.02556). The
+    ratio corrects the choice of the token given its state, not the distribution of states.
+
+    Args:
+        estimator (`Callable`):
+            Entry of `KL_ESTIMATORS`, or a function of the same signature.
+        per_token_logps, ref_per_token_logps, old_per_token_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities of the sampled tokens under the policy (with graph), the reference and the sampler, in
+            nats. Anything, NaN included, where `mask` is 0.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            Nonzero for trainable tokens.
+        bias_correction (`bool`, *optional*, defaults to `True`):
+            Whether to weight by the ratio. `False` gives the plain estimator.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, float32 or wider: Penalty in nats, 0 where `mask` is 0. The log of the ratio
+        is clamped to ±20.
+    """
+    mask = mask.bool()
+    # Before any exp: a gradient through an unselected infinity is 0 · inf = NaN.
+    logps, ref, old = (
+        torch.where(mask, logps.to(torch.promote_types(logps.dtype, torch.float32)), 0.0)
+        for logps in (per_token_logps, ref_per_token_logps, old_per_token_logps)
+    )
+    penalty = estimator(logps, ref)
+    if bias_correction:
+        weight = (logps - old).detach().clamp(-SATURATION, SATURATION).exp()
+        penalty = weight * penalty
+        if estimator in (k2, k3):
+            penalty = _with_gradient(penalty, weight * (logps - ref), logps)
+        else:
+            penalty = penalty + penalty.detach() * (logps - logps.detach())
+    return torch.where(mask, penalty, 0.0)
+
+
+KL_ESTIMATORS = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+}

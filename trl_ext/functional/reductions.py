@@ -1,0 +1,157 @@
+"""Masked and weighted reductions that the estimators share. Statistics are taken in the dtype of the input."""
+
+import torch
+
+
+def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    r"""
+    Mean over all entries, $$ \mu = \sum w\,x \big/ \sum w, $$ and 0 if all weights are 0.
+
+    Args:
+        values (`torch.Tensor`):
+            Values \\(x\\), finite everywhere.
+        weights (`torch.Tensor` broadcastable to `values`):
+            Non-negative weights \\(w\\); a 0/1 mask gives the masked mean.
+
+    Returns:
+        `torch.Tensor` (0-d): Mean, in the unit of `values`.
+    """
+    total = weights.expand_as(values).sum()
+    return torch.where(total > 0, (values * weights).sum() / total, torch.zeros_like(total))
+
+
+def whiten(values: torch.Tensor, weights: torch.Tensor, correction: torch.Tensor | float = 0.0) -> torch.Tensor:
+    r"""
+    Centre and scale to unit variance over all entries together:
+
+    $$ \mu = \frac{\sum w\,x}{\sum w},\qquad \sigma^2 = \frac{\sum w\,(x-\mu)^2}{\sum w - c},\qquad
+       \frac{x-\mu}{\sqrt{\sigma^2 + 10^{-8}}} $$
+
+    Two passes: the one-pass form \\(E[x^2]-E[x]^2\\) loses a small variance beside a large mean.
+
+    Args:
+        values (`torch.Tensor`):
+            Values \\(x\\), finite everywhere.
+        weights (`torch.Tensor` broadcastable to `values`):
+            Non-negative weights \\(w\\).
+        correction (`float`, *optional*, defaults to `0.0`):
+            Degrees of freedom \\(c\\) in the unit of the weights: 0 for the biased variance, 1 for Bessel's. Where
+            nothing would remain, the biased variance is used.
+
+    Returns:
+        `torch.Tensor` of the shape of `values`: Dimensionless. Entries of weight 0 are transformed too; mask them.
+
+    Example:
+
+    >>> whiten(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 1.0]))
+    tensor([-1.,  0.,  1.])
+    """
+    centred = values - weighted_mean(values, weights)
+    total = weights.expand_as(values).sum()
+    variance = weighted_mean(centred.square(), weights)
+    if correction:
+        variance = torch.where(total > correction, variance * total / (total - correction), variance)
+    return centred / (variance + 1e-8).sqrt()
+
+
+def nearly_equal(values: torch.Tensor, where: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
+    r"""
+    Whether the selected entries are equal up to rounding: max − min ≤ 10⁻⁶ · max(1, max |x|).
+
+    Args:
+        values (`torch.Tensor`):
+            Values, finite where selected.
+        where (`torch.Tensor` of the shape of `values`, bool):
+            Entries to compare.
+        dim (`int` or `tuple[int, ...]`):
+            Axes to compare along.
+
+    Returns:
+        `torch.Tensor` (bool), `dim` kept with size 1: `True` also where fewer than two entries are selected.
+    """
+    highest = values.masked_fill(~where, -torch.inf).amax(dim, keepdim=True)
+    lowest = values.masked_fill(~where, torch.inf).amin(dim, keepdim=True)
+    size = values.masked_fill(~where, 0.0).abs().amax(dim, keepdim=True).clamp(min=1.0)
+    return highest - lowest <= 1e-6 * size
+
+
+def reward_to_go(
+    rewards: torch.Tensor, completion_mask: torch.Tensor, gamma: float = 1.0, discount: str = "trainable"
+) -> torch.Tensor:
+    r"""
+    Discounted sum of the rewards from each trainable token on:
+
+    $$ G_{i,t} = m_{i,t}\,\big(r_{i,t} + \gamma\,G_{i,t'}\big), $$
+
+    \\(t'\\) being the next trainable token after \\(t\\). Untrainable tokens (tool output, padding) are skipped: they
+    neither end the sum nor, with `discount="trainable"`, take part in the discount.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, T)`):
+            Token rewards, finite everywhere. Rewards at untrainable tokens are not counted.
+        completion_mask (`torch.Tensor` of shape `(N, T)`):
+            Nonzero for trainable tokens.
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Discount per token, in (0, 1].
+        discount (`str`, *optional*, defaults to `"trainable"`):
+            Which tokens discount: `"trainable"` ones only, or `"all"`.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`: Reward-to-go, in the unit of `rewards`; 0 at untrainable tokens.
+
+    Raises:
+        `ValueError`: If `gamma` or `discount` is outside the values above.
+
+    Example:
+
+    >>> reward_to_go(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[1, 0, 1]]), gamma=0.5)
+    tensor([[0.5000, 0.0000, 1.0000]])
+    """
+    if not (isinstance(gamma, int | float) and 0.0 < gamma <= 1.0):
+        raise ValueError(f"gamma must be a number in (0, 1], got {gamma!r}.")
+    if discount not in ("trainable", "all"):
+        raise ValueError(f"discount must be 'trainable' or 'all', got {discount!r}.")
+    trainable = completion_mask.bool()
+    total = torch.where(trainable, rewards, 0.0)
+    factor = torch.full_like(total, gamma)
+    if discount == "trainable":
+        factor = factor.masked_fill(~trainable, 1.0)
+    # `total[t]` holds the sum over the window [t, t + shift), `factor[t]` the discount across it; each pass doubles
+    # the window, so T tokens take log2(T) passes.
+    shift = 1
+    while shift < total.size(1):
+        after = torch.nn.functional.pad(total[:, shift:], (0, shift))
+        total = total + factor * after
+        factor = factor * torch.nn.functional.pad(factor[:, shift:], (0, shift))
+        shift *= 2
+    return torch.where(trainable, total, 0.0)
+
+
+def reward_at_end(returns: torch.Tensor, completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Outcome rewards as token rewards: each on the last trainable token of its row.
+
+    Not on the last attended token: an episode cut right after a tool result ends on an untrainable token, and a
+    reward there would be lost by every reward-to-go. A row without trainable tokens carries its reward at position 0,
+    where statistics over sequences see it and those over tokens do not.
+
+    Args:
+        returns (`torch.Tensor` of shape `(N,)`):
+            Outcome rewards; NaN marks a completion that was not scored.
+        completion_mask (`torch.Tensor` of shape `(N, T)`):
+            Nonzero for trainable tokens.
+
+    Returns:
+        `tuple` of `torch.Tensor`, both of shape `(N, T)`: `rewards` (finite) and `scored` (bool, where a reward was
+        given; all `False` in rows that were not scored).
+
+    Example:
+
+    >>> rewards, scored = reward_at_end(torch.tensor([2.0]), torch.tensor([[1, 1, 0]]))
+    >>> rewards
+    tensor([[0., 2., 0.]])
+    """
+    positions = torch.arange(completion_mask.size(1), device=completion_mask.device)
+    last = torch.where(completion_mask.bool(), positions, 0).amax(1, keepdim=True)
+    scored = (positions == last) & ~returns.isnan()[:, None]
+    return torch.where(scored, returns[:, None], 0.0), scored

@@ -1,0 +1,60 @@
+"""From the name in a config to the function: an entry of a table, or a dotted path."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+
+def lookup(name: str, table: Mapping[str, Any], also: Collection[str] = ()) -> Any:
+    """
+    The entry of `table` called `name`, or what the dotted path `name` leads to.
+
+    Args:
+        name (`str`):
+            Name in the table, or a path such as `"my_package.my_function"`.
+        table (`Mapping[str, Any]`):
+            Names that need no path.
+        also (`Collection[str]`, *optional*):
+            Further names to mention in the error, which the caller resolves itself.
+
+    Raises:
+        `ValueError`: If `name` is neither, or if the path cannot be imported or leads to nothing callable.
+    """
+    if isinstance(name, str) and name in table:
+        return table[name]
+    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")) or "." not in name:
+        raise ValueError(
+            f"{name!r} is neither one of {sorted([*table, *also])} nor a dotted path such as 'my_package.my_function'."
+        )
+    return import_path(name)
+
+
+def import_path(path: str) -> Callable[..., Any]:
+    """
+    The callable at a dotted path, whose last part is an attribute of the module before it.
+
+    The working directory is searched last, so that a path means the same in a script, on the command line and in every
+    worker process. TRL does likewise for reward functions.
+
+    Raises:
+        `ValueError`: If the module or the attribute does not exist, or is not callable.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module was found; what it imports itself is missing
+        raise ValueError(
+            f"{path!r} cannot be imported: there is no module {error.name!r}. Install it, or start the run from the "
+            "folder that contains it."
+        ) from error
+    except AttributeError as error:
+        raise ValueError(f"{path!r} cannot be imported: module {module_name!r} has no {attribute!r}.") from error
+    if not callable(found):
+        raise ValueError(f"{path!r} is a {type(found).__name__}, not something that can be called.")
+    return found
