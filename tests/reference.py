@@ -1,4 +1,4 @@
-"""The estimators once more: float64 loops over Python lists, written from the papers, sharing nothing with the package."""
+"""The estimators once more: float64 loops over lists, written from the papers, sharing nothing with the package."""
 
 import math
 

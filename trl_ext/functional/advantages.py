@@ -6,14 +6,14 @@ trainable token. All estimators share one signature,
 
     (rewards, scored, completion_mask, num_generations, *, kl_penalty=None, **options) -> (N,) or (N, T)
 
-with `rewards`, `scored` and `completion_mask` of shape `(N, T)`, rows of one prompt adjacent, over the whole generation
-batch of all processes. `scored` marks where a reward was given (0 is a reward); a row without any is *unscorable*: it is
-left out of every statistic and gets the advantage 0. `kl_penalty`, if given, is what was already subtracted in `rewards`.
-Statistics are taken in float64; the result has the dtype of `rewards` and is 0 at untrainable tokens, or, for one number
-per completion, in rows without trainable tokens.
+with `rewards`, `scored` and `completion_mask` of shape `(N, T)`, T ≥ 1, rows of one prompt adjacent, over the whole
+generation batch of all processes. `scored` marks where a reward was given (0 is a reward); a row without any is
+*unscorable*: it is left out of every statistic and gets the advantage 0. `kl_penalty`, if given, is what was already
+subtracted in `rewards`. Statistics are taken in float64; the result has the dtype of `rewards` and is 0 at untrainable
+tokens, or, for one number per completion, in rows without trainable tokens.
 
-Symbols: \\(S_i\\) sum of the token rewards of row \\(i\\), \\(\\bar S_g\\) its mean over the scorable rows of the prompt,
-\\(G\\) `num_generations`, \\(n_i\\) trainable tokens of row \\(i\\).
+Symbols: \\(S_i\\) sum of the token rewards of row \\(i\\), \\(\\bar S_g\\) its mean over the scorable rows of the
+prompt, \\(G\\) `num_generations`, \\(n_i\\) trainable tokens of row \\(i\\).
 """
 
 import warnings
@@ -232,10 +232,7 @@ def _normalised(
     if norm == "whiten" and outcome is not None and nearly_equal(outcome, trainable, dim=(0, 1)):
         warnings.warn(_KL_NOISE.format("of the batch"), stacklevel=3)
         norm = "center"
-    if norm == "whiten":
-        values = whiten(values, weights, correction)
-    else:
-        values = values - weighted_mean(values, weights)
+    values = whiten(values, weights, correction) if norm == "whiten" else values - weighted_mean(values, weights)
     return values.where(trainable, 0.0)
 
 
@@ -260,8 +257,8 @@ def reinforce_plus_plus(
 
     Hu et al., 2025, v9 Eq. 4–5 (https://huggingface.co/papers/2501.03262); any `num_generations` ≥ 1. Their appendix
     B.2 sets the advantage to 0 before the last token, against their Eq. 4; this follows Eq. 4. Bias: the common factor
-    1/σ, whose error vanishes with the batch. Dividing by σ divides a KL in the reward too: its effective coefficient is
-    β/σ.
+    1/σ, whose error vanishes with the batch. Dividing by σ divides a KL in the reward too: its effective coefficient
+    is β/σ.
 
     Args:
         rewards, scored, completion_mask, num_generations, kl_penalty:

@@ -1,12 +1,12 @@
 r"""
-Estimators of the KL divergence of the policy from the reference, \\(\mathrm{KL}(\pi\|\pi_{\mathrm{ref}})\\), per token.
+Estimators of the KL divergence of the policy from the reference, per token.
 
-Symbols: \\(\ell_t\\) `per_token_logps`, \\(d_t = \ell_t - \ell^{\mathrm{ref}}_t\\) the log-ratio, policy over reference
-(always this sign), \\(w_t = \exp(\ell_t - \ell^{\mathrm{old}}_t)\\) the ratio of the policy to the sampler. Tokens are
-sampled from the policy (`old`, where it is given); the unit is nats.
+Symbols: \\(\ell_t\\) `per_token_logps`, \\(d_t = \ell_t - \ell^{\mathrm{ref}}_t\\) the log-ratio, policy over
+reference (always this sign), \\(w_t = \exp(\ell_t - \ell^{\mathrm{old}}_t)\\) the ratio of the policy to the
+sampler. Tokens are sampled from the policy (`old`, where it is given); the unit is nats.
 
-An unbiased *value* says nothing about the *gradient*; each docstring states both. Values saturate at |d| = 20, far beyond
-any useful policy, so that none overflows; gradients do so only where the docstring says it.
+An unbiased *value* says nothing about the *gradient*; each docstring states both. Values saturate at |d| = 20, far
+beyond any useful policy, so that none overflows; gradients do so only where the docstring says it.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ def k2(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torc
     $$ k_2 = \tfrac12 d^2 $$
 
     Schulman, 2020 (http://joschu.net/blog/kl-approx.html). Expectation over tokens of the policy:
-    \\(\tfrac12\mathbb E[d^2]\\), the KL to second order in \\(d\\); never negative. Gradient as a loss, on-policy: that
-    of the KL, for any \\(d\\).
+    \\(\tfrac12\mathbb E[d^2]\\), the KL to second order in \\(d\\); never negative. Gradient as a loss, on-policy:
+    that of the KL, for any \\(d\\).
 
     Args:
         per_token_logps, ref_per_token_logps (`torch.Tensor` of shape `(B, T)`):
@@ -113,7 +113,7 @@ def kl_in_loss(
     | estimator | value | gradient |
     |---|---|---|
     | `k2`, `k3` | \\(w\,k\\) | \\(w\,d\,\nabla\ell\\): unbiased for KL(policy‖ref), on- and off-policy |
-    | any other \\(f\\), `k1` too | \\(w f\\) | \\(\nabla[w f]\\), \\(w\\) attached: unbiased for \\(\mathbb E_\pi[f]\\) |
+    | other \\(f\\), `k1` too | \\(w f\\) | \\(\nabla[w f]\\), \\(w\\) attached: unbiased for \\(\mathbb E_\pi[f]\\) |
 
     For `k3` this is \\(\nabla[w\,k_3]\\) with \\(w\\) attached, because \\(k_3 + 1 - e^{-d} = d\\), but without the
     cancellation that loses it in float32 below d = −16 (DeepSeek-V3.2, https://huggingface.co/papers/2512.02556). The

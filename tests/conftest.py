@@ -1,0 +1,26 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network, no telemetry
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share the cores
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Path of a tiny saved model with its tokenizer."""
+    from tiny import save_model
+
+    return save_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def train(tiny_model, tmp_path):
+    """`train(trainer_class, config_class, **options)`: a trainer that has trained the tiny model."""
+    from functools import partial
+
+    from tiny import train
+
+    return partial(train, model=tiny_model, output_dir=tmp_path / "out")
