@@ -56,5 +56,5 @@ def import_path(path: str) -> Callable[..., Any]:
     except AttributeError as error:
         raise ValueError(f"{path!r} cannot be imported: module {module_name!r} has no {attribute!r}.") from error
     if not callable(found):
-        raise ValueError(f"{path!r} is a {type(found).__name__}, not something that can be called.")
+        raise ValueError(f"{path!r} is of type {type(found).__name__}, which cannot be called.")
     return found

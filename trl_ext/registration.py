@@ -22,17 +22,15 @@ def register() -> None:
     """
     if _originals:
         return
-    for place in _PLACES:
-        module = importlib.import_module(place)
-        for name in _NAMES:
-            original = getattr(module, name)
-            if not original.__module__.startswith("trl."):
-                raise RuntimeError(
-                    f"{place}.{name} was replaced by {original.__module__} already; trl_ext cannot build on that. "
-                    "Import and use only one of the two packages."
-                )
-            _originals[place, name] = original
-    for place, name in _originals:
+    originals = {(place, name): getattr(importlib.import_module(place), name) for place in _PLACES for name in _NAMES}
+    for (place, name), original in originals.items():
+        if not original.__module__.startswith("trl."):
+            raise RuntimeError(
+                f"{place}.{name} was replaced by {original.__module__} already; trl_ext cannot build on that. "
+                "Import and use only one of the two packages."
+            )
+    _originals.update(originals)
+    for place, name in originals:
         setattr(importlib.import_module(place), name, getattr(importlib.import_module(_NAMES[name]), name))
 
 

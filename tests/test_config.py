@@ -1,0 +1,176 @@
+"""Bad input: one sentence, from the config, before a model loads."""
+
+import re
+import warnings
+
+import pytest
+
+from trl_ext.trainers.grpo import GRPOConfig
+
+NAMES = (
+    "['group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'reinforce', 'reinforce_plus_plus', "
+    "'reinforce_plus_plus_baseline']"
+)
+
+
+def config(**options):
+    return GRPOConfig("out", **{"bf16": False, "use_cpu": True, "report_to": "none", **options})
+
+
+NOT_CALLABLE = 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"advantage_estimator": "reinforce++"},
+            f"'reinforce++' is neither one of {NAMES} nor a dotted path such as 'my_package.my_function'.",
+        ),
+        ({"advantage_estimator": 3}, f"3 is neither one of {NAMES} nor a dotted path such as"),
+        (
+            {"advantage_estimator": "no_such_package.fn"},
+            "'no_such_package.fn' cannot be imported: there is no module 'no_such_package'.",
+        ),
+        (
+            {"advantage_estimator": "test_config.no_such_function"},
+            "'test_config.no_such_function' cannot be imported: module 'test_config' has no 'no_such_function'.",
+        ),
+        (
+            {"advantage_estimator": "test_config.NOT_CALLABLE"},
+            "'test_config.NOT_CALLABLE' is of type int, which cannot be called.",
+        ),
+        (
+            {"advantage_estimator": "leave_one_out", "advantage_kwargs": {"gamma": 0.9}},
+            "advantage_kwargs has no 'gamma' for 'leave_one_out'; it takes [].",
+        ),
+        (
+            {"advantage_estimator": "reinforce_plus_plus", "advantage_kwargs": {"kl_penalty": 1}},
+            "advantage_kwargs has no 'kl_penalty' for 'reinforce_plus_plus'; it takes ['correction', 'discount', "
+            "'gamma', 'norm', 'weighting'].",
+        ),
+        (
+            {"advantage_estimator": "reinforce_plus_plus", "advantage_kwargs": "gamma=1"},
+            "advantage_kwargs must be a mapping of option to value, got 'gamma=1'.",
+        ),
+        (
+            {"advantage_estimator": "reinforce", "advantage_kwargs": {"gamma": 1.5}},
+            "gamma must be a number in (0, 1], got 1.5.",
+        ),
+        (
+            {"advantage_estimator": "reinforce_plus_plus_baseline", "advantage_kwargs": {"gamma": 0.9}},
+            "gamma must be 1.0 for 'reinforce_plus_plus_baseline'",
+        ),
+        ({"advantage_kwargs": {"gamma": 1.0}}, "advantage_kwargs is read only with advantage_estimator; set that too"),
+        ({"reward_clip_range": [0.0, 1.0]}, "reward_clip_range is read only with advantage_estimator; set that too"),
+        (
+            {"advantage_estimator": "group_mean", "reward_clip_range": [1.0, 0.0]},
+            "reward_clip_range must be two numbers, the lower one first, got [1.0, 0.0].",
+        ),
+        (
+            {"advantage_estimator": "group_mean", "reward_clip_range": [float("nan"), 0.0]},
+            "reward_clip_range must be two numbers, the lower one first, got [nan, 0.0].",
+        ),
+        (
+            {"advantage_estimator": "group_mean", "reward_clip_range": 1.0},
+            "reward_clip_range must be two numbers, the lower one first, got 1.0.",
+        ),
+        (
+            {"advantage_estimator": "leave_one_out", "num_generations": 1},
+            "advantage_estimator='leave_one_out' compares completions of one prompt and needs num_generations >= 2, "
+            "got 1. 'reinforce' and 'reinforce_plus_plus' accept 1.",
+        ),
+        ({"num_generations": 1}, "GRPO requires at least 2 generations per prompt"),  # TRL's own
+        (
+            {"advantage_estimator": "reinforce", "num_generations": 1, "generation_batch_size": 12},
+            "generation_batch_size (12) must be divisible by the global batch size",  # TRL's other checks stay
+        ),
+        (
+            {"advantage_estimator": "group_relative", "scale_rewards": "batch"},
+            "scale_rewards='batch' is not read when advantage_estimator is set. For 'none' use "
+            "advantage_estimator='group_mean'; for 'batch' leave advantage_estimator unset.",
+        ),
+        (
+            {"advantage_estimator": "group_relative", "scale_rewards": False},
+            "scale_rewards='none' is not read when advantage_estimator is set.",
+        ),
+        (
+            {"advantage_estimator": "group_mean", "multi_objective_aggregation": "normalize_then_sum"},
+            "advantage_estimator works on the weighted sum of the rewards; "
+            "multi_objective_aggregation='normalize_then_sum' is not available with it.",
+        ),
+        (
+            {"advantage_estimator": "reinforce_plus_plus", "importance_sampling_level": "sequence"},
+            "advantage_estimator='reinforce_plus_plus' gives one advantage per token, but importance_sampling_level="
+            "'sequence' uses one ratio per completion: its gradient is that of the mean advantage, so the per-token "
+            "signal vanishes. Use 'token'.",
+        ),
+        (
+            {"advantage_estimator": "reinforce", "loss_type": "vespo"},
+            "loss_type='vespo' reads the sign of one advantage per completion and is not available with "
+            "advantage_estimator='reinforce'.",
+        ),
+        (
+            {"advantage_estimator": "reinforce", "off_policy_mask_threshold": 0.5},
+            "off_policy_mask_threshold reads the sign of one advantage per completion and is not available with "
+            "advantage_estimator='reinforce'.",
+        ),
+        (
+            {"advantage_estimator": "group_mean", "kl_placement": "reward"},
+            "kl_estimator/kl_placement have no effect with beta=0.0: TRL loads no reference model. Set beta > 0 or "
+            "remove them.",
+        ),
+        ({"kl_placement": "reward", "beta": -0.1}, "beta must be positive, got -0.1."),
+        (
+            {"kl_placement": "reward", "beta": 0.1},
+            "kl_placement='reward' changes the advantages, so advantage_estimator must be set; 'group_relative' is "
+            "TRL's own normalisation.",
+        ),
+        ({"callbacks": ["test_config.NoSuchCallback"]}, "'test_config.NoSuchCallback' cannot be imported"),
+    ],
+)
+def test_bad_options_are_refused_in_one_sentence(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"advantage_estimator": "length_weighted", "num_iterations": 2},
+            "'length_weighted' (OPO) is derived for exactly on-policy updates; rollouts are reused here.",
+        ),
+        (
+            {"advantage_estimator": "reinforce_plus_plus", "beta": 0.1},
+            "REINFORCE++ (arXiv 2501.03262, Eq. 4) puts k1 in the reward; with kl_placement unset the KL stays in "
+            "TRL's loss.",
+        ),
+    ],
+)
+def test_questionable_options_are_warned_about(options, message):
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"advantage_estimator": "length_weighted"},
+        {"advantage_estimator": "reinforce_plus_plus", "advantage_kwargs": '{"weighting": "sequence"}'},
+        {"advantage_estimator": "reinforce_plus_plus_baseline", "advantage_kwargs": {"gamma": 1.0}},
+        {"advantage_estimator": "reinforce_plus_plus", "num_generations": 1, "per_device_train_batch_size": 1},
+        {"advantage_estimator": "group_relative", "kl_placement": "reward", "beta": 0.1},
+    ],
+)
+def test_good_options_are_accepted_in_silence(options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config(**options)
+
+
+def test_the_error_of_a_module_that_fails_to_import_is_its_own(tmp_path, monkeypatch):
+    (tmp_path / "needs_more.py").write_text("import a_package_that_is_missing")
+    monkeypatch.chdir(tmp_path)  # the working directory is searched, as on the command line
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_missing"):
+        config(advantage_estimator="needs_more.fn")

@@ -1,0 +1,167 @@
+"""
+Every private place of TRL that the package leans on, one test each. A failure here names what moved in TRL; the
+feature tests then need not be read.
+"""
+
+import inspect
+
+import pytest
+import torch
+import trl
+from tiny import build, scripted_rollout
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+import trl_ext
+from trl_ext.trainers.grpo import GRPOConfig
+
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_compute_loss", ["self", "model", "inputs"]),
+        (
+            "_get_per_token_logps_and_entropies",
+            ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"],
+        ),
+    ],
+)
+def test_parameters_of_the_methods_that_are_wrapped(method, parameters):
+    assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters)[: len(parameters)] == parameters
+
+
+def test_no_field_of_ours_is_a_field_of_trl():
+    theirs = trl.GRPOConfig.__dataclass_fields__
+    ours = GRPOConfig.__dataclass_fields__.keys() - theirs.keys()
+    assert ours >= {"advantage_estimator", "advantage_kwargs", "kl_estimator", "kl_placement", "callbacks"}
+    declared = {name for name in GRPOConfig.__annotations__ if not name.startswith("_")}
+    assert declared == ours, "a field of ours exists in TRL's config"
+
+
+def test_every_option_of_ours_is_off_by_default():
+    fields = GRPOConfig.__dataclass_fields__
+    assert {fields[name].default for name in fields.keys() - trl.GRPOConfig.__dataclass_fields__.keys()} == {None}
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_model, tmp_path_factory):
+    """A trainer and what TRL returns from scoring a batch; `old_per_token_logps` because rollouts are reused."""
+    trainer = build(
+        trl.GRPOTrainer,
+        trl.GRPOConfig,
+        tiny_model,
+        tmp_path_factory.mktemp("out"),
+        rollout_func=scripted_rollout,
+        beta=0.1,
+        num_iterations=2,
+        max_completion_length=8,
+    )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = [{"prompt": prompt} for prompt in ["ab"] * 4 + ["cde"] * 4]
+    seen = []
+    gathered = trainer._calculate_rewards
+    trainer._calculate_rewards = lambda *a: seen.append(gathered(*a)) or seen[-1]
+    output = trainer._generate_and_score_completions(inputs)
+    assert len(seen) == 1, "_calculate_rewards is called once per generation batch"
+    assert seen[0].shape == (8, 1) and seen[0].dtype == torch.float32
+    return trainer, output
+
+
+def test_what_scoring_returns(scored):
+    _, output = scored
+    rows, width = output["completion_ids"].shape
+    assert next(iter(output)) == "prompt_ids"
+    for name in ("completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps"):
+        assert output[name].shape == (rows, width), name
+    assert output["advantages"].shape == (rows,)
+    assert output["num_items_in_batch"] == (output["completion_mask"] * output["tool_mask"]).sum()
+
+
+def test_trl_logs_one_advantage_per_row(scored):
+    trainer, output = scored
+    assert list(trainer._logs["advantages"]) == pytest.approx(output["advantages"].tolist()[-4:])  # as long as a batch
+
+
+def test_the_old_log_probs_are_left_out_where_they_equal_those_of_the_first_loss(tiny_model, tmp_path):
+    trainer = build(trl.GRPOTrainer, trl.GRPOConfig, tiny_model, tmp_path, rollout_func=scripted_rollout)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions([{"prompt": "ab"}] * 4)
+    assert "old_per_token_logps" not in output and "ref_per_token_logps" not in output
+
+
+def test_the_log_probs_come_first_and_once_per_loss(scored, monkeypatch):
+    trainer, output = scored
+    results = []
+    original = trainer._get_per_token_logps_and_entropies
+    monkeypatch.setattr(
+        trainer,
+        "_get_per_token_logps_and_entropies",
+        lambda *a, **k: results.append(original(*a, **k)) or results[-1],
+        raising=False,
+    )
+    trainer._compute_loss(trainer.model, output)
+    assert len(results) == 1 and len(results[0]) == 3
+    assert results[0][0].shape == output["completion_ids"].shape and results[0][0].requires_grad
+
+
+def loss_and_gradient(trainer, inputs):
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_constant_rows_of_token_advantages_equal_one_advantage_per_row(scored, monkeypatch, loss_type):
+    trainer, output = scored
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    per_row = loss_and_gradient(trainer, output)
+    per_token = {**output, "advantages": output["advantages"][:, None].expand_as(output["completion_ids"])}
+    torch.testing.assert_close(loss_and_gradient(trainer, per_token), per_row, atol=1e-7, rtol=1e-6)
+
+
+def test_a_sequence_ratio_erases_token_credit(scored, monkeypatch):
+    # The reason why importance_sampling_level="sequence" is refused with one advantage per token.
+    trainer, output = scored
+    monkeypatch.setattr(trainer, "importance_sampling_level", "sequence")
+    monkeypatch.setattr(trainer, "loss_type", "grpo")
+    mask = output["completion_mask"] * output["tool_mask"]
+    torch.manual_seed(0)
+    advantages = torch.randn(mask.shape)
+    means = (advantages * mask).sum(1) / mask.sum(1)
+    _, of_tokens = loss_and_gradient(trainer, {**output, "advantages": advantages})
+    _, of_means = loss_and_gradient(trainer, {**output, "advantages": means})
+    torch.testing.assert_close(of_tokens, of_means, atol=1e-7, rtol=1e-5)
+
+
+def test_registration_reaches_both_lazy_modules_and_can_be_undone():
+    originals = trl.GRPOTrainer, trl.GRPOConfig
+    trl_ext.register()
+    try:
+        trl_ext.register()
+        for module in (trl, trl.trainer):
+            assert module.GRPOTrainer is trl_ext.GRPOTrainer
+            assert module.GRPOConfig is trl_ext.GRPOConfig
+    finally:
+        trl_ext.unregister()
+    trl_ext.unregister()
+    for module in (trl, trl.trainer):
+        assert (module.GRPOTrainer, module.GRPOConfig) == originals
+
+
+def test_registration_refuses_to_build_on_another_patch(monkeypatch):
+    class Patched(trl.GRPOTrainer):
+        pass
+
+    monkeypatch.setattr(trl, "GRPOTrainer", Patched)
+    with pytest.raises(RuntimeError, match=r"trl\.GRPOTrainer was replaced by test_contract already"):
+        trl_ext.register()
+    monkeypatch.undo()
+    trl_ext.register()  # nothing was left half done
+    assert trl.GRPOTrainer is trl_ext.GRPOTrainer
+    trl_ext.unregister()
+    assert trl.trainer.GRPOTrainer.__module__.startswith("trl.")
