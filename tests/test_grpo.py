@@ -160,7 +160,9 @@ def test_logged_advantages_are_those_that_were_used(train, name):
     assert list(trainer._logs["advantages"]) == pytest.approx(per_row.tolist(), abs=1e-6)
     mean = tokens.sum() / mask.sum()
     std = ((tokens - mean).square() * mask).sum().div(mask.sum()).sqrt()
-    assert logged(trainer, "advantages/mean", "advantages/std")[0] == pytest.approx([mean.item(), std.item()], abs=1e-6)
+    assert logged(trainer, "advantages/mean", "advantages/std")[0] == pytest.approx(
+        [mean.item(), std.item()], abs=1e-6
+    )
     if name.startswith("reinforce_plus_plus"):
         assert [mean.item(), std.item()] == pytest.approx([0.0, 1.0], abs=1e-5)
 

@@ -16,13 +16,13 @@ def main(argv: list[str] | None = None) -> int:
     from trl.cli.main import main as trl_main
 
     accelerate_launcher.launch_training_script = _launch_training_script
-    # This process only parses; the workers parse again and say what there is to say.
-    warnings.simplefilter("ignore")
-    try:
-        return trl_main(list(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
-        print(f"trl-ext: error: {error}", file=sys.stderr)
-        return 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this process only parses; the workers parse again and warn
+        try:
+            return trl_main(list(sys.argv[1:] if argv is None else argv))
+        except ValueError as error:
+            print(f"trl-ext: error: {error}", file=sys.stderr)
+            return 2
 
 
 def _launch_training_script(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
@@ -50,3 +50,7 @@ def _refuse_unknown(command: str, launch_args: list[str]) -> None:
             closest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {closest[0]!r}?" if closest else f"see `trl-ext {command} --help`."
             raise ValueError(f"there is no option {name!r} for `trl-ext {command}` or `accelerate launch`; {hint}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

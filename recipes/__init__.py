@@ -1,0 +1,1 @@
+"""Recipes: configurations and small tasks that run as they stand."""

@@ -1,0 +1,50 @@
+"""Two processes compute what one computes on the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from two_processes import BATCH, CASES, run
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tiny_model, tmp_path_factory):
+    """Results of one process, and of each of two gloo processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    script = Path(__file__).parent / "two_processes.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, str(script), tiny_model, str(folder), "2"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run(tiny_model, folder, 1), [torch.load(folder / f"{rank}of2.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(one_and_two, case):
+    one, two = one_and_two[0][case], [result[case] for result in one_and_two[1]]
+    for step, whole in enumerate(one["advantages"]):
+        parts = [result["advantages"][step] for result in two]
+        assert [len(part) for part in parts] == [BATCH // 2] * 2
+        for part, expected in zip(parts, whole.split(BATCH // 2), strict=True):
+            if part.dim() == 2:  # each process pads to its own longest completion
+                assert not expected[:, part.size(1) :].any()
+                expected = expected[:, : part.size(1)]
+            torch.testing.assert_close(part, expected, atol=1e-6, rtol=0)
+    for result in two:
+        for name, weight in result["weights"].items():
+            torch.testing.assert_close(weight, one["weights"][name], atol=1e-5, rtol=0, msg=name)
+    assert two[0]["table"] == pytest.approx(one["table"], abs=1e-6)
+    for ours, theirs in zip(two[0]["log"], one["log"], strict=True):
+        for name in ("reward", "advantages/mean", "advantages/std", "advantages/frac_zero_variance_groups", "kl"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-6), name
+
+
+def test_lengths_differ_between_the_processes(one_and_two):
+    widths = [result["reinforce"]["advantages"][0].size(1) for result in one_and_two[1]]
+    widths += [result["reinforce"]["advantages"][1].size(1) for result in one_and_two[1]]
+    assert len(set(widths)) > 1, "otherwise the padding across processes is not tested"
