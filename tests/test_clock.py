@@ -223,7 +223,6 @@ def test_the_base_is_right_sometimes_and_measuring_it_leaves_no_trace(model, tok
 
 
 def test_curves_are_drawn_also_where_a_quantity_was_not_logged(tmp_path):
-    pytest.importorskip("matplotlib")
     history = [{"step": 1, "reward": 0.2}, {"step": 2, "reward": 0.4}, {"step": 2, "train_loss": 0.0}]
     draw_curves(history, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
