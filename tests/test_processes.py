@@ -40,7 +40,15 @@ def test_two_processes_equal_one(one_and_two, case):
             torch.testing.assert_close(weight, one["weights"][name], atol=1e-5, rtol=0, msg=name)
     assert two[0]["table"] == pytest.approx(one["table"], abs=1e-6)
     for ours, theirs in zip(two[0]["log"], one["log"], strict=True):
-        for name in ("reward", "advantages/mean", "advantages/std", "advantages/frac_zero_variance_groups", "kl"):
+        for name in (
+            "reward",
+            "advantages/mean",
+            "advantages/std",
+            "advantages/frac_zero_variance_groups",
+            "kl",
+            "kl/k3",
+            "kl/beta",
+        ):
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-6), name
 
 
