@@ -269,7 +269,7 @@ class GRPOTrainer(_GRPOTrainer):
         """Puts our advantages in place of TRL's: `(B,)` or `(B, T)`, local rows."""
         if self._rewards_per_func is None:
             raise RuntimeError(moved("_calculate_rewards is not called while scoring"))
-        mode = "train" if self.model.training else "eval"
+        mode, name = "train" if self.model.training else "eval", self.args.advantage_estimator
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         local_mask = output["completion_mask"] * output.get("tool_mask", 1)
         beta = self.beta  # `_kl_of_sampler` may adapt it, for the next batch
@@ -283,7 +283,7 @@ class GRPOTrainer(_GRPOTrainer):
         if local_kl is not None:
             kl_penalty = beta * self._gathered(local_kl)
             rewards = rewards - kl_penalty
-            if self.args.advantage_estimator in ADVANTAGE_ESTIMATORS:
+            if name in ADVANTAGE_ESTIMATORS:
                 options["kl_penalty"] = kl_penalty
         batch = (rewards, scored, completion_mask, num_generations)
         advantages = self._advantages(*batch, options)
@@ -293,12 +293,9 @@ class GRPOTrainer(_GRPOTrainer):
         local = advantages[start : start + rows].to(local_mask.device, torch.float32)
         output["advantages"] = local if local.dim() == 1 else local[:, :width]
         self._log_advantages(mode, advantages, returns, scored, completion_mask, num_generations)
-        if (
-            local_kl is not None
-            and "norm" in inspect.signature(lookup(self.args.advantage_estimator, ADVANTAGE_ESTIMATORS)).parameters
-        ):
+        if "kl_penalty" in options and name.startswith("reinforce_plus_plus"):
             centred = self._advantages(*batch, {**options, "norm": "center"})
-            ratio = advantages.norm() / centred.norm() if centred.any() else torch.ones(())
+            ratio = advantages.norm() / centred.norm() if centred.any() else torch.ones(())  # 1/σ
             self._metrics[mode]["kl/effective_beta"].append(beta * ratio.item())
 
     def _gathered(self, local: torch.Tensor) -> torch.Tensor:
