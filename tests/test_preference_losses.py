@@ -1,5 +1,6 @@
 """Preference losses: numbers worked by hand, loops in float64, laws, slopes, and the policies they lead to."""
 
+import dataclasses
 import inspect
 import math
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from trl_ext.functional.preference_losses import (
     MARGIN_LOSSES,
     PREFERENCE_LOSSES,
+    READS_REWARDS,
     PairBatch,
     identity,
     psipo,
@@ -27,7 +29,9 @@ def batch_of(chosen, rejected, *, prob=1.0, beta=0.5, delta=None, lengths=(4, 8)
     chosen, rejected = torch.as_tensor(chosen, dtype=dtype), torch.as_tensor(rejected, dtype=dtype)
     chosen, rejected = torch.broadcast_tensors(torch.atleast_1d(chosen), torch.atleast_1d(rejected))
     references = torch.full_like(chosen, -6.75), torch.full_like(chosen, -11.5)
-    logps = [(r + ref).detach().requires_grad_(requires_grad) for r, ref in zip((chosen, rejected), references)]
+    logps = [
+        (r + ref).detach().requires_grad_(requires_grad) for r, ref in zip((chosen, rejected), references, strict=True)
+    ]
     full = torch.full_like
     return PairBatch(
         *logps,
@@ -65,6 +69,18 @@ NUMBERS = [
     ("gpo_truncated_quadratic", {}, False, 0.7, 0.880000, 0.200000, -0.200000),
     ("gpo_exponential", {}, False, 0.7, 0.930804, 0.081234, -0.081234),
     ("gpo_savage", {}, False, 0.7, 0.212953, -0.012433, 0.012433),
+    ("rpo_sq", {}, False, 0.7, 0.810000, -0.900000, 0.900000),
+    ("rpo_bwd_kl", {}, False, 0.7, 0.071892, -0.085959, 0.085959),
+    ("rpo_fwd_kl", {}, False, 0.7, 0.082835, -0.102953, 0.102953),
+    ("odpo", {"alpha": 1.0}, False, 0.7, 0.600603, -0.225760, 0.225760),
+    ("margin_dpo", {}, False, 0.7, 1.241154, -0.355475, 0.355475),
+    ("dpop", {"lam": 50.0}, False, 0.7, 0.437488, -0.177172, 0.177172),
+    ("length_dpo", {"alpha": 0.01}, False, 0.7, 0.451845, -0.181774, 0.181774),
+    ("simpo", {"gamma": 1.0}, True, 0.7, 1.313262, -0.091382, 0.045691),
+    ("sppo", {}, False, 0.7, 0.160000, 0.800000, 0.0),
+    ("cal_dpo", {"coefficient": 0.5}, False, 0.7, 0.463282, -0.431475, 0.831475),
+    ("cal_dpo", {"coefficient": 1.0}, False, 0.7, 0.663282, -0.631475, 1.431475),
+    ("chipo", {"bound": 1.0}, False, 0.7, 0.224886, -0.324801, 0.168195),
 ]
 
 
@@ -92,6 +108,12 @@ def test_numbers_worked_by_hand(name, options, mean, prob, value, chosen, reject
     torch.testing.assert_close(actual, torch.tensor([value, chosen, rejected], dtype=F64), atol=6e-7, rtol=0)
 
 
+@pytest.mark.parametrize(("lam", "value"), [(50.0, 7.200746), (5.0, 0.943249)])
+def test_dpop_penalises_a_chosen_completion_that_falls(lam, value):
+    batch = numbers_batch(chosen_logp=-7.1, rejected_logp=-12.5)
+    assert PREFERENCE_LOSSES["dpop"](batch, lam=lam).item() == pytest.approx(value, abs=6e-7)
+
+
 def test_every_entry_has_a_number_a_slope_and_a_loop():
     assert {case[0] for case in NUMBERS} == set(ALL) == set(LOOPS) == set(SLOPES)
 
@@ -108,19 +130,37 @@ def minus_log_sigmoid(x):
 
 
 def mixture(f):
-    return lambda w, l, p, b, **_: p * f(b * (w - l)) + (1 - p) * f(b * (l - w))
+    return lambda w, r, p, b, **_: p * f(b * (w - r)) + (1 - p) * f(b * (r - w))
 
 
 LOOPS = {
-    "psipo_identity": lambda w, l, p, b, **_: (w - l - (2 * p - 1) / (2 * b)) ** 2,
-    "psipo_logit": lambda w, l, p, b, **_: (w - l - math.log(p / (1 - p)) / b) ** 2,
+    "psipo_identity": lambda w, r, p, b, **_: (w - r - (2 * p - 1) / (2 * b)) ** 2,
+    "psipo_logit": lambda w, r, p, b, **_: (w - r - math.log(p / (1 - p)) / b) ** 2,
     "gpo_logistic": mixture(minus_log_sigmoid),
     "gpo_hinge": mixture(lambda t: max(0.0, 1 - t)),
     "gpo_squared": mixture(lambda t: (1 - t) ** 2),
     "gpo_exponential": mixture(lambda t: math.exp(-t)),
     "gpo_truncated_quadratic": mixture(lambda t: max(0.0, 1 - t) ** 2),
     "gpo_savage": mixture(lambda t: sigmoid(-t) ** 2),
+    "rpo_sq": lambda w, r, p, b, delta, **_: (b * (w - r) - delta) ** 2,
+    "rpo_bwd_kl": lambda w, r, p, b, delta, **_: bernoulli_kl(sigmoid(delta), sigmoid(b * (w - r))),
+    "rpo_fwd_kl": lambda w, r, p, b, delta, **_: bernoulli_kl(sigmoid(b * (w - r)), sigmoid(delta)),
+    "odpo": lambda w, r, p, b, delta, **_: minus_log_sigmoid(b * (w - r) - math.log(max(delta, 1e-6))),
+    "margin_dpo": lambda w, r, p, b, delta, **_: minus_log_sigmoid(b * (w - r) - delta),
+    "dpop": lambda w, r, p, b, **_: minus_log_sigmoid(b * (w - r - 50 * max(0.0, -w))),
+    "length_dpo": lambda w, r, p, b, n_w, n_r, **_: minus_log_sigmoid(b * (w - r) + 0.01 * (n_w - n_r)),
+    "simpo": lambda w, r, p, b, logp_w, logp_r, **_: minus_log_sigmoid(b * (logp_w - logp_r) - 0.5),
+    "sppo": lambda w, r, p, b, **_: (w - (p - 0.5) / b) ** 2 + (r + (p - 0.5) / b) ** 2,
+    "chipo": lambda w, r, p, b, **_: minus_log_sigmoid(min(2.0, max(-2.0, b * (math.exp(w) + w - math.exp(r) - r)))),
+    "cal_dpo": lambda w, r, p, b, **_: (
+        minus_log_sigmoid(w - r) + 0.5 * ((w - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2)
+    ),
 }
+
+
+def bernoulli_kl(p, q):
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
 
 log_ratios = st.floats(-8, 8, allow_nan=False)
 
@@ -131,7 +171,7 @@ log_ratios = st.floats(-8, 8, allow_nan=False)
 def test_loops_from_the_papers(name, chosen, rejected, prob, beta, delta):
     batch = batch_of(chosen, rejected, prob=prob, beta=beta, delta=delta, lengths=(3, 7))
     expected = LOOPS[name](
-        chosen, rejected, prob, beta, delta=delta, n_w=3, n_l=7, logp_w=chosen - 6.75, logp_l=rejected - 11.5
+        chosen, rejected, prob, beta, delta=delta, n_w=3, n_r=7, logp_w=chosen - 6.75, logp_r=rejected - 11.5
     )
     assert PREFERENCE_LOSSES[name](batch).item() == pytest.approx(expected, rel=1e-7, abs=1e-8)
 
@@ -160,6 +200,17 @@ SLOPES = {
     "gpo_exponential": lambda p, b, **_: -b * (2 * p - 1),
     "gpo_truncated_quadratic": lambda p, b, **_: -2 * b * (2 * p - 1),
     "gpo_savage": lambda p, b, **_: -b / 4 * (2 * p - 1),
+    "rpo_sq": lambda p, b, delta, **_: -2 * b * delta,
+    "rpo_bwd_kl": lambda p, b, delta, **_: -b * (sigmoid(delta) - 0.5),
+    "rpo_fwd_kl": lambda p, b, delta, **_: -b * delta / 4,
+    "odpo": lambda p, b, delta, **_: -b * sigmoid(math.log(delta)),
+    "margin_dpo": lambda p, b, delta, **_: -b * sigmoid(delta),
+    "dpop": lambda p, b, **_: -b / 2,  # at r_w = 0; torch's relu has slope 0 there
+    "length_dpo": lambda p, b, n_w, n_r, **_: -b * sigmoid(-0.01 * (n_w - n_r)),
+    "simpo": lambda p, b, **_: -b * sigmoid(0.5 - b * (11.5 - 6.75)),  # the reference's log-probs are not equal
+    "sppo": lambda p, b, **_: -2 * (p - 0.5) / b,
+    "chipo": lambda p, b, **_: -b,
+    "cal_dpo": lambda p, b, **_: -0.5 - 0.5 / b,
 }
 
 
@@ -170,7 +221,7 @@ def test_slope_at_the_reference(name, prob):
         pytest.skip("infinite")
     batch = batch_of(0.0, 0.0, prob=prob, beta=0.3, delta=1.2, requires_grad=True)
     _, chosen, _ = value_and_gradients(PREFERENCE_LOSSES[name], batch)
-    assert chosen.item() == pytest.approx(SLOPES[name](prob, 0.3, delta=1.2, n_w=4, n_l=8), abs=1e-9)
+    assert chosen.item() == pytest.approx(SLOPES[name](prob, 0.3, delta=1.2, n_w=4, n_r=8), abs=1e-9)
     if prob == 0.5 and name in SOFT and name != "sppo":
         assert chosen.item() == 0.0
 
@@ -249,7 +300,8 @@ def test_ipo_by_mixture_and_by_target_differ_by_a_constant():
 def test_gpo_squared_is_ipo_at_half_the_beta():
     chosen, rejected = torch.randn(2, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
     ours = PREFERENCE_LOSSES["gpo_squared"](batch_of(chosen, rejected, beta=0.6))
-    torch.testing.assert_close(ours, 4 * 0.3**2 * PREFERENCE_LOSSES["psipo_identity"](batch_of(chosen, rejected, beta=0.3)))
+    ipo = PREFERENCE_LOSSES["psipo_identity"](batch_of(chosen, rejected, beta=0.3))
+    torch.testing.assert_close(ours, 4 * 0.3**2 * ipo)
 
 
 @pytest.mark.parametrize("length", [1, 5, 40])
@@ -258,6 +310,46 @@ def test_the_mean_of_equal_lengths_needs_tau_times_the_length(length):
     args = {"chosen": [3.0, -7.0], "rejected": [1.0, 2.0], "lengths": (length, length)}
     mean = ipo(batch_of(**args, beta=tau).per_token())
     torch.testing.assert_close(mean, ipo(batch_of(**args, beta=tau / length)) / length**2)
+
+
+def test_reward_aware_losses_are_soft_labels_in_disguise():
+    delta, beta = torch.tensor([1.5, -0.3], dtype=F64), 0.4
+    batch = batch_of([0.7, -3.0], [0.1, 2.0], prob=delta.sigmoid(), beta=beta, delta=delta)
+    entropy = torch.distributions.Bernoulli(delta.sigmoid()).entropy()
+    losses = PREFERENCE_LOSSES
+    torch.testing.assert_close(losses["rpo_bwd_kl"](batch), losses["gpo_logistic"](batch) - entropy)
+    torch.testing.assert_close(losses["rpo_sq"](batch), beta**2 * losses["psipo_logit"](batch))
+
+
+def test_options_of_zero_are_dpo():
+    batch = batch_of([-0.7, 3.0], [0.1, 2.0], delta=0.0)
+    dpo = PREFERENCE_LOSSES["gpo_logistic"](batch)
+    for name, options in {
+        "dpop": {"lam": 0.0},
+        "length_dpo": {"alpha": 0.0},
+        "odpo": {"alpha": 0.0},
+        "margin_dpo": {},
+    }.items():
+        torch.testing.assert_close(PREFERENCE_LOSSES[name](batch, **options), dpo, atol=0, rtol=0)
+
+
+def test_any_per_completion_utility_is_exact_as_a_reward():
+    # (u − (g(y_w) − g(y_l)) / τ)² is τ⁻² · rpo_sq, also for a Ψ that is not antisymmetric.
+    problem = intransitive()
+    utility = (problem["table"].square() * problem["mu"]).sum(1)
+    first, second = (index.flatten() for index in torch.meshgrid(*[torch.arange(6)] * 2, indexing="ij"))
+
+    def with_scores(batch):
+        return PREFERENCE_LOSSES["rpo_sq"](dataclasses.replace(batch, reward_margin=utility[first] - utility[second]))
+
+    policy = optimum(with_scores, **problem)
+    torch.testing.assert_close(policy, closed_form(torch.square, **problem), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(READS_REWARDS))
+def test_a_missing_reward_is_refused(name):
+    with pytest.raises(ValueError, match="the pairs have no reward_margin"):
+        PREFERENCE_LOSSES[name](batch_of(0.0, 0.0))
 
 
 def test_any_psi_acts_through_its_antisymmetric_part():
@@ -275,7 +367,7 @@ def test_an_infinite_psi_refuses_hard_labels_and_says_why(prob):
     clamped = PREFERENCE_LOSSES["psipo_logit"](batch, eps=0.1)
     soft = batch_of([1.0, 1.0], [0.0, 0.0], prob=[0.3, min(max(prob, 0.1), 0.9)])
     torch.testing.assert_close(clamped, PREFERENCE_LOSSES["psipo_logit"](soft))
-    with pytest.raises(ValueError, match="eps must be between 0 and 0.5, got 0.5"):
+    with pytest.raises(ValueError, match="eps must be between 0 and"):
         PREFERENCE_LOSSES["psipo_logit"](batch, eps=0.5)
 
 
@@ -316,10 +408,10 @@ def optimum(loss, table=P, mu=MU, reference=REFERENCE, tau=0.5, hard=False):
         [logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16, line_search_fn="strong_wolfe"
     )
 
-    def mean_loss(w, l, prob):
+    def mean_loss(w, r, prob):
         logps = logits.log_softmax(0)
         ones = torch.ones(len(w), dtype=F64)
-        return loss(PairBatch(logps[w], logps[l], reference[w], reference[l], ones, ones, prob=prob, beta=tau))
+        return loss(PairBatch(logps[w], logps[r], reference[w], reference[r], ones, ones, prob=prob, beta=tau))
 
     def closure():
         optimizer.zero_grad()

@@ -97,7 +97,7 @@ def squared(t: torch.Tensor) -> torch.Tensor:
 
 
 def exponential(t: torch.Tensor) -> torch.Tensor:
-    r"""\\(e^{-t}\\); below t = −20 its tangent \\(e^{20}(1 - t - 20)\\), since \\(e^{-t}\\) overflows float32 at −88."""
+    r"""\\(e^{-t}\\); below t = −20 its tangent \\(e^{20}(1 - t - 20)\\): float32 overflows at −88."""
     beyond = torch.relu(-t - SATURATION)
     return torch.exp((-t).clamp(max=SATURATION)) + math.exp(SATURATION) * beyond
 
@@ -184,9 +184,7 @@ def psipo_target(
     return difference * (1 / (2 * batch.beta))
 
 
-def psipo(
-    psi: Callable[[torch.Tensor], torch.Tensor], batch: PairBatch, *, eps: float | None = None
-) -> torch.Tensor:
+def psipo(psi: Callable[[torch.Tensor], torch.Tensor], batch: PairBatch, *, eps: float | None = None) -> torch.Tensor:
     r"""
     Squared distance of the margin from the one that \\(\Psi\\)PO asks for.
 
@@ -216,8 +214,176 @@ def psipo(
     return (batch.margin - psipo_target(psi, batch, eps=eps)).square()
 
 
+# Reward-aware losses: Δ in place of a label
+
+
+def rpo_sq(batch: PairBatch) -> torch.Tensor:
+    r"""
+    Squared distance of the implicit reward margin from the external one.
+
+    $$ (\beta u - \Delta)^2 $$
+
+    Reward-aware Preference Optimization, squared form, as in NeMo-Aligner. It is \\(\beta^2\\) times [`psipo`] with
+    \\(\Psi\\) = logit and \\(p = \sigma(\Delta)\\).
+    """
+    return (batch.beta * batch.margin - _reward_margin(batch)).square()
+
+
+def rpo_bwd_kl(batch: PairBatch) -> torch.Tensor:
+    r"""
+    KL from the external to the implicit preference: soft labels \\(\sigma(\Delta)\\), less their entropy.
+
+    $$ \mathrm{KL}\big(\mathrm{Bern}\,\sigma(\Delta) \,\|\, \mathrm{Bern}\,\sigma(\beta u)\big) $$
+
+    Nvidia, 2024 (https://huggingface.co/papers/2406.11704).
+    """
+    return _bernoulli_kl(_reward_margin(batch), batch.beta * batch.margin)
+
+
+def rpo_fwd_kl(batch: PairBatch) -> torch.Tensor:
+    r"""
+    KL from the implicit to the external preference.
+
+    $$ \mathrm{KL}\big(\mathrm{Bern}\,\sigma(\beta u) \,\|\, \mathrm{Bern}\,\sigma(\Delta)\big) $$
+
+    https://huggingface.co/papers/2411.00062 and https://huggingface.co/papers/2502.00203. Unlike [`rpo_bwd_kl`] flat
+    where the policy is sure and wrong.
+    """
+    return _bernoulli_kl(batch.beta * batch.margin, _reward_margin(batch))
+
+
+def odpo(batch: PairBatch, *, alpha: float = 1.0) -> torch.Tensor:
+    r"""
+    DPO with an offset that grows with the external margin.
+
+    $$ \ell(\beta u - \alpha\log\Delta) $$
+
+    Amini et al., 2024 (https://huggingface.co/papers/2402.10571). \\(\Delta\\) is clamped at 10⁻⁶ from below: the
+    chosen completion should have the higher score.
+    """
+    return logistic(batch.beta * batch.margin - alpha * _reward_margin(batch).clamp(min=1e-6).log())
+
+
+def margin_dpo(batch: PairBatch) -> torch.Tensor:
+    r"""DPO with the external margin as offset: \\(\ell(\beta u - \Delta)\\)."""
+    return logistic(batch.beta * batch.margin - _reward_margin(batch))
+
+
+def _reward_margin(batch: PairBatch) -> torch.Tensor:
+    if batch.reward_margin is None:
+        raise ValueError("This loss compares the scores of the two completions; the pairs have no reward_margin.")
+    return batch.reward_margin
+
+
+def _bernoulli_kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """KL(Bern σ(a) ‖ Bern σ(b)), nats."""
+    yes = torch.sigmoid(a) * (F.logsigmoid(a) - F.logsigmoid(b))
+    return yes + torch.sigmoid(-a) * (F.logsigmoid(-a) - F.logsigmoid(-b))
+
+
+# Lengths, falling log-probs, no reference, two targets
+
+
+def dpop(batch: PairBatch, *, lam: float = 50.0) -> torch.Tensor:
+    r"""
+    DPO that penalises a fall of the chosen completion's log-prob below the reference's.
+
+    $$ \ell\big(\beta\,(u - \lambda\max(0, -r_w))\big) $$
+
+    Pal et al., 2024 (https://huggingface.co/papers/2402.13228), DPO-Positive; \\(\lambda = 50\\) is theirs, and
+    can dominate the loss.
+    """
+    return logistic(batch.beta * (batch.margin - lam * torch.relu(-batch.chosen)))
+
+
+def length_dpo(batch: PairBatch, *, alpha: float = 0.01) -> torch.Tensor:
+    r"""
+    DPO for the reward less \\(\alpha\\) per token.
+
+    $$ \ell\big(\beta u + \alpha\,(n_w - n_l)\big) $$
+
+    Park et al., 2024 (https://huggingface.co/papers/2403.19159), R-DPO. The sign follows from the optimum of reward −
+    \\(\alpha\\) · length: a longer chosen completion explains part of the preference, so less margin is asked for.
+    """
+    return logistic(batch.beta * batch.margin + alpha * (batch.chosen_lengths - batch.rejected_lengths))
+
+
+def simpo(batch: PairBatch, *, gamma: float = 0.5) -> torch.Tensor:
+    r"""
+    Margin of the mean log-probs, without a reference.
+
+    $$ \ell\big(\beta\,(\bar l_w - \bar l_l) - \gamma\big) $$
+
+    Meng et al., 2024 (https://huggingface.co/papers/2405.14734). `gamma` is \\(\gamma\\) itself; the authors' code
+    asks for \\(\gamma/\beta\\). With sums in the batch, [`PairBatch.per_token`] makes them means.
+    """
+    return logistic(batch.beta * (batch.chosen_logps - batch.rejected_logps) - gamma)
+
+
+def sppo(batch: PairBatch) -> torch.Tensor:
+    r"""
+    Each completion's log-ratio has its own target.
+
+    $$ \big(r_w - (p-\tfrac12)/\beta\big)^2 + \big(r_l + (p-\tfrac12)/\beta\big)^2 $$
+
+    Wu et al., 2024, Eq. 4.7 (https://huggingface.co/papers/2405.00675); their \\(1/\eta\\) is `beta`, about 10⁻³.
+    The authors' code halves it. \\(p = 1\\) is TRL's `sppo_hard`.
+    """
+    target = (batch.prob - 0.5) * (1 / batch.beta)
+    return (batch.chosen - target).square() + (batch.rejected + target).square()
+
+
+def chipo(batch: PairBatch, *, bound: float = 1.0) -> torch.Tensor:
+    r"""
+    DPO with a \\(\chi^2\\) term beside the KL.
+
+    $$ \ell\big(\mathrm{clip}_{\pm 2R}\,\beta\,[\varphi(r_w) - \varphi(r_l)]\big),\qquad \varphi(r) = e^r + r $$
+
+    Huang et al., 2024 (https://huggingface.co/papers/2407.13399); their \\(R\\) is `bound`. The exponent is clamped
+    at 20. Beyond the clip the gradient is 0. A public reimplementation could not reproduce the paper's results.
+    """
+    phi_chosen, phi_rejected = (r.clamp(max=SATURATION).exp() + r for r in (batch.chosen, batch.rejected))
+    return logistic((batch.beta * (phi_chosen - phi_rejected)).clamp(-2 * bound, 2 * bound))
+
+
+def cal_dpo(batch: PairBatch, *, coefficient: float = 0.5) -> torch.Tensor:
+    r"""
+    Preference loss, and a calibration that gives each completion's log-ratio a target.
+
+    $$ \ell(u) + c\,\big[(r_w - \tfrac1{2\beta})^2 + (r_l + \tfrac1{2\beta})^2\big] $$
+
+    Xiao et al., 2024 (https://huggingface.co/papers/2412.14516); \\(c\\) is `coefficient`, ½ in the authors' code.
+    There is no \\(\beta\\) in the first term.
+    """
+    target = 1 / (2 * batch.beta)
+    calibration = (batch.chosen - target).square() + (batch.rejected + target).square()
+    return logistic(batch.margin) + coefficient * calibration
+
+
 PREFERENCE_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "psipo_identity": partial(psipo, identity),
     "psipo_logit": partial(psipo, logit),
     **{f"gpo_{name}": partial(gpo, margin_loss) for name, margin_loss in MARGIN_LOSSES.items()},
+    "rpo_sq": rpo_sq,
+    "rpo_bwd_kl": rpo_bwd_kl,
+    "rpo_fwd_kl": rpo_fwd_kl,
+    "odpo": odpo,
+    "margin_dpo": margin_dpo,
+    "dpop": dpop,
+    "length_dpo": length_dpo,
+    "simpo": simpo,
+    "sppo": sppo,
+    "chipo": chipo,
+    "cal_dpo": cal_dpo,
+}
+
+# What the entries read beside the log-ratios, the reduction they are defined with, and targets of the regressions.
+READS_PROB = {"sppo", *(name for name in PREFERENCE_LOSSES if name.startswith(("psipo_", "gpo_")))}
+READS_REWARDS = {"rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "odpo", "margin_dpo"}
+REFERENCE_FREE = {"simpo"}
+MEAN_BY_DEFAULT = {"simpo"}
+MARGIN_TARGETS: dict[str, Callable[..., torch.Tensor]] = {
+    "psipo_identity": partial(psipo_target, identity),
+    "psipo_logit": partial(psipo_target, logit),
+    "rpo_sq": lambda batch: _reward_margin(batch) * (1 / batch.beta),
 }
