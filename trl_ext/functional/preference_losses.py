@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 SATURATION = 20.0  # e²⁰ ≈ 4.9e8; beyond it an exponential goes on as a straight line or stays
+ODPO_FLOOR = 1e-6  # least external margin, dimensionless: the logarithm needs a positive one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,7 @@ def odpo(batch: PairBatch, *, alpha: float = 1.0) -> torch.Tensor:
     Amini et al., 2024 (https://huggingface.co/papers/2402.10571). \\(\Delta\\) is clamped at 10⁻⁶ from below: the
     chosen completion should have the higher score.
     """
-    return logistic(batch.beta * batch.margin - alpha * _reward_margin(batch).clamp(min=1e-6).log())
+    return logistic(batch.beta * batch.margin - alpha * _reward_margin(batch).clamp(min=ODPO_FLOOR).log())
 
 
 def margin_dpo(batch: PairBatch) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from datasets.fingerprint import Hasher
 from trl.trainer.dpo_trainer import DPOTrainer as _DPOTrainer
 
-from ..functional.preference_losses import PairBatch
+from ..functional.preference_losses import ODPO_FLOOR, PairBatch
 from ..lookup import import_path
 from .dpo_config import READS_LABEL_SMOOTHING, PairLoss, is_number
 from .dpo_config import DPOConfig as DPOConfig
@@ -24,9 +24,11 @@ class DPOTrainer(_DPOTrainer):
     Logged in addition, when one of our losses is active, each the mean over the pairs of all processes:
     `loss/<entry>`; `rewards/agreement`, the probability of the preference that the margin expresses; the log-ratios,
     policy over reference, `logratios/chosen` and `logratios/rejected` (nats per completion), the same with
-    `_per_token`, and `logratios/chosen_falling`, the share of pairs whose chosen completion lost probability; and for
-    the first regression loss `margins/target_distance` (nats) and `margins/target_reached` (share). None of these is a
-    KL: the completions were not sampled from the policy. [`~trl_ext.trainers.sampled.SampledMetrics`] measures that.
+    `_per_token`, and `logratios/chosen_falling`, the share of pairs whose chosen completion lost probability; for the
+    first regression loss `margins/target_distance` (nats) and `margins/target_reached` (share); and for `odpo`
+    `rewards/offset_clamped`, the share of pairs whose chosen completion does not have the higher score. None of these
+    is a KL: the completions were not sampled from the policy. [`~trl_ext.trainers.sampled.SampledMetrics`] measures
+    that.
     """
 
     _pair_losses: tuple[PairLoss, ...] = ()
@@ -78,7 +80,11 @@ class DPOTrainer(_DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         self._require_columns(dataset, f"The {dataset_name} dataset")
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        # TRL's filter closes over all of `args`, so that a new learning rate would be a new dataset to the cache.
+        read = types.SimpleNamespace(
+            dataset_num_proc=args.dataset_num_proc, max_length=args.max_length, truncation_mode=args.truncation_mode
+        )
+        return super()._prepare_dataset(dataset, processing_class, read, dataset_name)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -178,7 +184,7 @@ class DPOTrainer(_DPOTrainer):
 
     def _log_pairs(self, batch: PairBatch, per_pair: dict[str, torch.Tensor]):
         metrics = self._metrics["train" if self.model.training else "eval"]
-        columns = {f"loss/{name}": losses for name, losses in per_pair.items()}
+        columns: dict[str, Any] = {f"loss/{name}": losses for name, losses in per_pair.items()}
         if self._reference_free:
             for name in [name for name in metrics if name.startswith("rewards/")]:
                 del metrics[name]  # β · log π, no reward
@@ -194,8 +200,10 @@ class DPOTrainer(_DPOTrainer):
                 target = pair_loss.target(batch)
                 distance = (batch.per_token() if pair_loss.mean else batch).margin - target
                 columns["margins/target_distance"] = distance.abs()
-                columns["margins/target_reached"] = distance * target.sign() >= 0
+                columns["margins/target_reached"] = distance * target.sign() >= 0  # a target of 0 is reached
                 break
+        if batch.reward_margin is not None and any(pair_loss.entry == "odpo" for pair_loss in self._pair_losses):
+            columns["rewards/offset_clamped"] = batch.reward_margin < ODPO_FLOOR
         columns["logps/chosen"] = batch.chosen_logps
         table = torch.stack([column.detach().to(torch.float32) for column in columns.values()])
         means = dict(zip(columns, self.accelerator.gather(table.T.contiguous()).mean(0).tolist(), strict=True))
