@@ -128,6 +128,7 @@ PAIRS = {
     ),
     "psi": ({"loss_type": ["ipo"]}, {"loss_type": ["psipo"], "psi": "identity", "logp_reduction": "mean"}),
     "mean": ({"loss_type": ["sigmoid_norm"]}, {"loss_type": ["gpo_logistic"], "logp_reduction": "mean"}),
+    "sppo": ({"loss_type": ["sppo_hard"], "beta": 0.3}, {"loss_type": ["sppo"], "beta": 0.3}),
     "with sft": (
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.7, 0.2]},
         {"loss_type": ["gpo_logistic", "sft"], "loss_weights": [0.7, 0.2]},
@@ -148,13 +149,33 @@ PAIRS |= {
 }
 
 
-@pytest.mark.parametrize("kind", ["reference", "lora"])
 @pytest.mark.parametrize("case", PAIRS)
-def test_other_names_that_mean_the_same_train_the_same_bit_for_bit(tiny_model, tmp_path, case, kind):
+def test_other_names_that_mean_the_same_train_the_same_bit_for_bit(tiny_model, tmp_path, case):
     theirs, ours = PAIRS[case]
-    shared = {"kind": kind, "train_dataset": pairs(one=lambda i: 1.0)}
+    shared = {
+        "kind": "lora" if case in ("ipo", "with sft") else "reference",
+        "train_dataset": pairs(one=lambda i: 1.0),
+    }
     theirs = trained(TRLS, tiny_model, tmp_path, **theirs, **shared)
     assert_equal_runs(trained(OURS, tiny_model, tmp_path, **ours, **shared), theirs)
+
+
+def test_the_mean_with_ld_alpha_agrees_up_to_rounding(tiny_model, tmp_path):
+    shared = {"kind": "reference", "ld_alpha": 0.3, "optim": "sgd", "learning_rate": 0.1}
+    theirs = trained(TRLS, tiny_model, tmp_path, loss_type=["ipo"], **shared)
+    ours = trained(OURS, tiny_model, tmp_path, loss_type=["psipo_identity"], logp_reduction="mean", **shared)
+    for name, weight in weights(theirs).items():
+        torch.testing.assert_close(weights(ours)[name], weight, atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_checkpoint_records_what_the_user_wrote(tiny_model, tmp_path):
+    options = {"loss_type": ["gpo_hinge", "sigmoid"], "loss_weights": [0.5, 2.0], "save_strategy": "steps"}
+    build(*OURS, tiny_model, tmp_path, save_steps=4, **options).train()
+    saved = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert (saved.loss_type, saved.loss_weights) == (["gpo_hinge", "sigmoid"], [0.5, 2.0])
+    resumed = build(*OURS, tiny_model, tmp_path, max_steps=5, **{**options, "save_strategy": "no"})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.state.global_step == 5
 
 
 def test_the_equality_tests_would_see_a_difference(tiny_model, tmp_path):

@@ -27,7 +27,6 @@ REWARDS = {"chosen_reward_column": "good", "rejected_reward_column": "bad"}
 # The names of TRL on the left, ours on the right: equal bit for bit, in one process as in two.
 SAME = {
     "sigmoid": "gpo_logistic",
-    "hinge": "gpo_hinge",
     "sppo_hard": "sppo",
 }
 CASES = {f"TRL {name}": {"trl": True, "loss_type": [name]} for name in SAME}
