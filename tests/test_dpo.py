@@ -71,6 +71,18 @@ def test_the_trainer_accepts_trls_own_config(tiny_model, tmp_path):
     assert object.__new__(DPOTrainer)._pair_losses == ()  # as TRL's own tests build trainers
 
 
+def test_without_losses_trl_returns_zero_and_every_metric(tiny_model, tmp_path):
+    # What our losses are added to.
+    trainer = build(*TRLS, tiny_model, tmp_path, kind="reference")
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    trainer.compute_loss(trainer.model, batch)
+    metrics = {name: values[:] for name, values in trainer._metrics["eval"].items()}
+    trainer._metrics["eval"].clear()
+    trainer.loss_types, trainer.loss_weights = [], []
+    assert trainer.compute_loss(trainer.model, batch) == 0.0
+    assert trainer._metrics["eval"] == metrics and len(metrics) >= 10
+
+
 # On, but equal
 
 SIGMOID = {"loss_type": ["sigmoid"]}, {"loss_type": ["gpo_logistic"]}

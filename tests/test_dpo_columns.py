@@ -326,6 +326,17 @@ def test_metrics_are_the_means_they_say(tiny_model, tmp_path):
     assert 0 < metrics["logratios/chosen_falling"] < 1 and 0 < metrics["margins/target_reached"] < 1
 
 
+def test_the_share_of_offsets_that_odpo_clamps_is_logged(tiny_model, tmp_path):
+    rows = pairs(8, good=lambda i: float(i), bad=lambda i: 2.0)  # not above the other: 0, 1 and 2
+    trainer = build(
+        DPOTrainer, DPOConfig, tiny_model, tmp_path, train_dataset=rows, loss_type=["odpo"],
+        chosen_reward_column="good", rejected_reward_column="bad",
+    )  # fmt: skip
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    assert trainer._metrics["eval"]["rewards/offset_clamped"] == [3 / 8]
+
+
 def test_a_seam_that_moved_is_noticed(tiny_model, tmp_path, monkeypatch):
     trainer = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, loss_type=["gpo_logistic"])
     original = DPOTrainer._sums

@@ -1,9 +1,14 @@
 """Preference pairs for the tiny model of `tiny.py`, and trainers over them."""
 
+import gc
+
 import torch
+import trl.trainer.dpo_trainer  # noqa: F401
 from datasets import Dataset
 from tiny import CHARACTERS
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+gc.freeze()  # each training run collects garbage: not among all that the imports made
 
 
 def words(seed: int, longest: int) -> str:
