@@ -56,7 +56,8 @@ class DPOTrainer(_DPOTrainer):
         if self._reference_free:
             if given.get("ref_model") is not None:
                 raise ValueError(f"loss_type {config.loss_type} reads no reference model; do not pass ref_model.")
-            during["precompute_ref_log_probs"] = True  # TRL's way of keeping no reference model
+            if not {"image", "images"} & {*_column_names(given.get("train_dataset"))}:
+                during["precompute_ref_log_probs"] = True  # TRL's way of keeping no reference; not for images
         # For TRL's constructor only, so that checkpoints record what the user wrote.
         with _temporarily(config, **during):
             super().__init__(*args, **kwargs)
@@ -73,10 +74,9 @@ class DPOTrainer(_DPOTrainer):
     # Data
 
     def _require_columns(self, dataset, name: str):
-        present = getattr(dataset, "column_names", None) or (list(next(iter(dataset))) if self._columns else [])
         for column in self._columns.values():
-            if column not in present:
-                raise ValueError(f"{name} has no column {column!r}; it has {sorted(present)}.")
+            if column not in _column_names(dataset):
+                raise ValueError(f"{name} has no column {column!r}; it has {sorted(_column_names(dataset))}.")
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         self._require_columns(dataset, f"The {dataset_name} dataset")
@@ -266,6 +266,10 @@ def _temporarily(thing, **values):
 
 def _datasets(given: Any) -> list:
     return [] if given is None else list(given.values()) if isinstance(given, dict) else [given]
+
+
+def _column_names(dataset: Any) -> list[str]:
+    return getattr(dataset, "column_names", None) or ([] if dataset is None else list(next(iter(dataset))))
 
 
 def _moved(what: str) -> str:

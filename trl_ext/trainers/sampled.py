@@ -90,6 +90,10 @@ class SampledMetrics(TrainerCallback):
             # Not the trainer's own `log`, which would flush the averages of the current logging period.
             Trainer.log(self.trainer, self.measure())
 
+    @property
+    def _tokenizer(self):
+        return getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
+
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """The numbers of the table above, now."""
@@ -110,7 +114,7 @@ class SampledMetrics(TrainerCallback):
 
     def _summary(self, rows, completions, log_ratios) -> dict[str, float]:
         count = len(completions)
-        tokenizer = self.trainer._tokenizer
+        tokenizer = self._tokenizer
         metrics = {
             "sampled/kl": log_ratios.mean().item(),
             "sampled/kl_stderr": log_ratios.std().item() / math.sqrt(count) if count > 1 else math.nan,
@@ -131,7 +135,7 @@ class SampledMetrics(TrainerCallback):
     def _sample(self, prompts: list[list[int]]) -> list[list[int]]:
         """One completion per prompt, from the whole distribution of the policy at temperature 1."""
         trainer = self.trainer
-        end, pad = trainer._tokenizer.eos_token_id, trainer._tokenizer.pad_token_id
+        end, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
         device = trainer.accelerator.device
         ids = [torch.tensor(prompt) for prompt in prompts]
         mask = [torch.ones_like(row) for row in ids]
@@ -160,7 +164,7 @@ class SampledMetrics(TrainerCallback):
         ids = [torch.tensor(prompt + completion) for prompt, completion in pairs]
         scored = [torch.tensor([0] * len(prompt) + [1] * len(completion)) for prompt, completion in pairs]
         inputs = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=trainer._tokenizer.pad_token_id).to(device),
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._tokenizer.pad_token_id).to(device),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device),
         }
         mask = pad_sequence(scored, batch_first=True).to(device)
