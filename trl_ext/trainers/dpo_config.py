@@ -79,8 +79,8 @@ class DPOConfig(_DPOConfig):
         loss_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments per entry of `loss_type`, such as `{"psipo_logit": {"eps": 0.01}}`.
         callbacks (`list[str]`, *optional*):
-            Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments. One
-            with an attribute `trainer`, such as `trl_ext.trainers.sampled.SampledMetrics`, is given the trainer there.
+            Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments.
+            One with an attribute `trainer`, such as `trl_ext.trainers.sampled.SampledMetrics`, is given the trainer.
     """
 
     _VALID_DICT_FIELDS = [*_DPOConfig._VALID_DICT_FIELDS, "loss_kwargs"]
