@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import trl_ext
 from recipes.clock.accuracy import read_rows
 from recipes.clock.pairs import HERE, PROMPTS, preference_pairs
 from recipes.clock.task import outcome_reward
+from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
 from trl_ext.trainers.dpo import DPOConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -42,6 +44,13 @@ def test_a_recipe_parses_and_its_header_says_who_ran_it(name, registered, monkey
     assert isinstance(config, DPOConfig)
     assert config._split_losses()[1], "a loss of ours"
     assert model.model_name_or_path
+
+
+def test_the_page_names_every_loss_and_every_option():
+    page = (RECIPES.parent / "docs/methods/preference.md").read_text(encoding="utf-8")
+    options = DPOConfig.__annotations__.keys() - {"callbacks"}
+    for name in [*PREFERENCE_LOSSES, *(name for name in options if not name.startswith("_"))]:
+        assert re.search(rf"`{name}\b", page), name
 
 
 def test_trl_ext_dpo_trains_with_our_losses_in_the_worker(tiny_model, tmp_path):

@@ -83,33 +83,87 @@ class PairBatch:
 
 
 def logistic(t: torch.Tensor) -> torch.Tensor:
-    r"""\\(\log(1 + e^{-t})\\). DPO: Rafailov et al., 2023, Eq. 7 (https://huggingface.co/papers/2305.18290)."""
+    r"""
+    \\(\log(1 + e^{-t})\\). DPO: Rafailov et al., 2023, Eq. 7 (https://huggingface.co/papers/2305.18290).
+
+    Args:
+        t (`torch.Tensor` of shape `(B,)`):
+            Margin times \\(\beta\\).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
+    """
     return -F.logsigmoid(t)
 
 
 def hinge(t: torch.Tensor) -> torch.Tensor:
-    r"""\\(\max(0, 1-t)\\). SLiC, as a loss of log-ratios (https://huggingface.co/papers/2402.05749)."""
+    r"""
+    \\(\max(0, 1-t)\\). SLiC, as a loss of log-ratios (https://huggingface.co/papers/2402.05749).
+
+    Args:
+        t (`torch.Tensor` of shape `(B,)`):
+            Margin times \\(\beta\\).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
+    """
     return torch.relu(1 - t)
 
 
 def squared(t: torch.Tensor) -> torch.Tensor:
-    r"""\\((1-t)^2\\). IPO with \\(\beta = 2\tau\\), times \\(4\tau^2\\)."""
+    r"""
+    \\((1-t)^2\\). IPO with \\(\beta = 2\tau\\), times \\(4\tau^2\\).
+
+    Args:
+        t (`torch.Tensor` of shape `(B,)`):
+            Margin times \\(\beta\\).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
+    """
     return (1 - t).square()
 
 
 def exponential(t: torch.Tensor) -> torch.Tensor:
-    r"""\\(e^{-t}\\); below t = −20 its tangent \\(e^{20}(1 - t - 20)\\): float32 overflows at −88."""
+    r"""
+    \\(e^{-t}\\); below t = −20 its tangent \\(e^{20}(1 - t - 20)\\): float32 overflows at −88.
+
+    Args:
+        t (`torch.Tensor` of shape `(B,)`):
+            Margin times \\(\beta\\).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
+    """
     beyond = torch.relu(-t - SATURATION)
     return torch.exp((-t).clamp(max=SATURATION)) + math.exp(SATURATION) * beyond
 
 
 def truncated_quadratic(t: torch.Tensor) -> torch.Tensor:
-    r"""\\(\max(0, 1-t)^2\\)."""
+    r"""
+    \\(\max(0, 1-t)^2\\).
+
+    Args:
+        t (`torch.Tensor` of shape `(B,)`):
+            Margin times \\(\beta\\).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
+    """
     return torch.relu(1 - t).square()
 
 
 def savage(t: torch.Tensor) -> torch.Tensor:
-    r"""\\(1/(1+e^t)^2\\). Bounded by 1, and the only one of the six that is not convex."""
+    r"""
+    \\(1/(1+e^t)^2\\). Bounded by 1, and the only one of the six that is not convex.
+
+    Args:
+        t (`torch.Tensor` of shape `(B,)`):
+            Margin times \\(\beta\\).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
+    """
     return torch.sigmoid(-t).square()
 
 
@@ -139,6 +193,9 @@ def gpo(margin_loss: Callable[[torch.Tensor], torch.Tensor], batch: PairBatch) -
             Entry of `MARGIN_LOSSES`.
         batch ([`PairBatch`]):
             Pairs.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     t = batch.beta * batch.margin
     return batch.prob * margin_loss(t) + (1 - batch.prob) * margin_loss(-t)
@@ -148,12 +205,30 @@ def gpo(margin_loss: Callable[[torch.Tensor], torch.Tensor], batch: PairBatch) -
 
 
 def identity(prob: torch.Tensor) -> torch.Tensor:
-    r"""\\(\Psi(p) = p\\): IPO."""
+    r"""
+    \\(\Psi(p) = p\\): IPO.
+
+    Args:
+        prob (`torch.Tensor` of shape `(B,)`):
+            Probability.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Its \\(\Psi\\).
+    """
     return prob
 
 
 def logit(prob: torch.Tensor) -> torch.Tensor:
-    r"""\\(\Psi(p) = \log\frac{p}{1-p}\\): the reward of the Bradley-Terry model. Infinite at 0 and 1."""
+    r"""
+    \\(\Psi(p) = \log\frac{p}{1-p}\\): the reward of the Bradley-Terry model. Infinite at 0 and 1.
+
+    Args:
+        prob (`torch.Tensor` of shape `(B,)`):
+            Probability.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Its \\(\Psi\\).
+    """
     return torch.logit(prob)
 
 
@@ -164,7 +239,14 @@ def psipo_target(
     psi: Callable[[torch.Tensor], torch.Tensor], batch: PairBatch, *, eps: float | None = None
 ) -> torch.Tensor:
     r"""
-    Margin at which [`psipo`] is zero, `(B,)`, nats: \\((\Psi(p) - \Psi(1-p)) / (2\tau)\\). Arguments as there.
+    Margin at which [`psipo`] is zero, `(B,)`, nats: \\((\Psi(p) - \Psi(1-p)) / (2\tau)\\).
+
+    Args:
+        psi, batch, eps:
+            As for [`psipo`].
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Target of each pair.
 
     Raises:
         `ValueError`: If it is not finite, or if `eps` is not between 0 and ½.
@@ -211,6 +293,12 @@ def psipo(psi: Callable[[torch.Tensor], torch.Tensor], batch: PairBatch, *, eps:
 
     Raises:
         `ValueError`: If the target is infinite.
+
+    Example:
+
+    >>> logps, ones = torch.tensor([5.0, 0.0]), torch.ones(2)
+    >>> psipo(identity, PairBatch(logps, 0 * ones, 0 * ones, 0 * ones, ones, ones, prob=ones, beta=0.1))
+    tensor([ 0., 25.])
     """
     return (batch.margin - psipo_target(psi, batch, eps=eps)).square()
 
@@ -226,6 +314,13 @@ def rpo_sq(batch: PairBatch) -> torch.Tensor:
 
     Reward-aware Preference Optimization, squared form, as in NeMo-Aligner. It is \\(\beta^2\\) times [`psipo`] with
     \\(\Psi\\) = logit and \\(p = \sigma(\Delta)\\).
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs with `reward_margin`.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     return (batch.beta * batch.margin - _reward_margin(batch)).square()
 
@@ -237,6 +332,13 @@ def rpo_bwd_kl(batch: PairBatch) -> torch.Tensor:
     $$ \mathrm{KL}\big(\mathrm{Bern}\,\sigma(\Delta) \,\|\, \mathrm{Bern}\,\sigma(\beta u)\big) $$
 
     Nvidia, 2024 (https://huggingface.co/papers/2406.11704).
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs with `reward_margin`.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     return _bernoulli_kl(_reward_margin(batch), batch.beta * batch.margin)
 
@@ -249,6 +351,13 @@ def rpo_fwd_kl(batch: PairBatch) -> torch.Tensor:
 
     https://huggingface.co/papers/2411.00062 and https://huggingface.co/papers/2502.00203. Unlike [`rpo_bwd_kl`] flat
     where the policy is sure and wrong.
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs with `reward_margin`.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     return _bernoulli_kl(batch.beta * batch.margin, _reward_margin(batch))
 
@@ -261,12 +370,30 @@ def odpo(batch: PairBatch, *, alpha: float = 1.0) -> torch.Tensor:
 
     Amini et al., 2024 (https://huggingface.co/papers/2402.10571). \\(\Delta\\) is clamped at 10⁻⁶ from below: the
     chosen completion should have the higher score.
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs with `reward_margin`.
+        alpha (`float`, *optional*, defaults to `1.0`):
+            Factor \\(\alpha\\) on the logarithm.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     return logistic(batch.beta * batch.margin - alpha * _reward_margin(batch).clamp(min=ODPO_FLOOR).log())
 
 
 def margin_dpo(batch: PairBatch) -> torch.Tensor:
-    r"""DPO with the external margin as offset: \\(\ell(\beta u - \Delta)\\)."""
+    r"""
+    DPO with the external margin as offset: \\(\ell(\beta u - \Delta)\\).
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs with `reward_margin`.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
+    """
     return logistic(batch.beta * batch.margin - _reward_margin(batch))
 
 
@@ -293,6 +420,15 @@ def dpop(batch: PairBatch, *, lam: float = 50.0) -> torch.Tensor:
 
     Pal et al., 2024 (https://huggingface.co/papers/2402.13228), DPO-Positive; \\(\lambda = 50\\) is theirs, and
     can dominate the loss.
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs.
+        lam (`float`, *optional*, defaults to `50.0`):
+            Weight \\(\lambda\\) of the penalty.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     return logistic(batch.beta * (batch.margin - lam * torch.relu(-batch.chosen)))
 
@@ -305,6 +441,15 @@ def length_dpo(batch: PairBatch, *, alpha: float = 0.01) -> torch.Tensor:
 
     Park et al., 2024 (https://huggingface.co/papers/2403.19159), R-DPO. The sign follows from the optimum of reward −
     \\(\alpha\\) · length: a longer chosen completion explains part of the preference, so less margin is asked for.
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs.
+        alpha (`float`, *optional*, defaults to `0.01`):
+            Price \\(\alpha\\) of a token.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     return logistic(batch.beta * batch.margin + alpha * (batch.chosen_lengths - batch.rejected_lengths))
 
@@ -317,6 +462,15 @@ def simpo(batch: PairBatch, *, gamma: float = 0.5) -> torch.Tensor:
 
     Meng et al., 2024 (https://huggingface.co/papers/2405.14734). `gamma` is \\(\gamma\\) itself; the authors' code
     asks for \\(\gamma/\beta\\). With sums in the batch, [`PairBatch.per_token`] makes them means.
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs.
+        gamma (`float`, *optional*, defaults to `0.5`):
+            Offset \\(\gamma\\), dimensionless.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     return logistic(batch.beta * (batch.chosen_logps - batch.rejected_logps) - gamma)
 
@@ -329,6 +483,13 @@ def sppo(batch: PairBatch) -> torch.Tensor:
 
     Wu et al., 2024, Eq. 4.7 (https://huggingface.co/papers/2405.00675); their \\(1/\eta\\) is `beta`, about 10⁻³.
     The authors' code halves it. \\(p = 1\\) is TRL's `sppo_hard`.
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair, in nats².
     """
     target = (batch.prob - 0.5) * (1 / batch.beta)
     return (batch.chosen - target).square() + (batch.rejected + target).square()
@@ -342,6 +503,15 @@ def chipo(batch: PairBatch, *, bound: float = 1.0) -> torch.Tensor:
 
     Huang et al., 2024 (https://huggingface.co/papers/2407.13399); their \\(R\\) is `bound`. The exponent is clamped
     at 20. Beyond the clip the gradient is 0. A public reimplementation could not reproduce the paper's results.
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs.
+        bound (`float`, *optional*, defaults to `1.0`):
+            Half the bound of the clip, \\(R\\).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     phi_chosen, phi_rejected = (r.clamp(max=SATURATION).exp() + r for r in (batch.chosen, batch.rejected))
     return logistic((batch.beta * (phi_chosen - phi_rejected)).clamp(-2 * bound, 2 * bound))
@@ -355,6 +525,15 @@ def cal_dpo(batch: PairBatch, *, coefficient: float = 0.5) -> torch.Tensor:
 
     Xiao et al., 2024 (https://huggingface.co/papers/2412.14516); \\(c\\) is `coefficient`, ½ in the authors' code.
     There is no \\(\beta\\) in the first term.
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs.
+        coefficient (`float`, *optional*, defaults to `0.5`):
+            Weight \\(c\\) of the calibration.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     target = 1 / (2 * batch.beta)
     calibration = (batch.chosen - target).square() + (batch.rejected + target).square()
