@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
+    "DPOConfig": "trl_ext.trainers.dpo",
+    "DPOTrainer": "trl_ext.trainers.dpo",
     "GRPOConfig": "trl_ext.trainers.grpo",
     "GRPOTrainer": "trl_ext.trainers.grpo",
     "register": "trl_ext.registration",
     "unregister": "trl_ext.registration",
 }
-__all__ = ["GRPOConfig", "GRPOTrainer", "__version__", "register", "unregister"]
+__all__ = ["DPOConfig", "DPOTrainer", "GRPOConfig", "GRPOTrainer", "__version__", "register", "unregister"]
 
 if TYPE_CHECKING:
     from .registration import register as register
     from .registration import unregister as unregister
+    from .trainers.dpo import DPOConfig as DPOConfig
+    from .trainers.dpo import DPOTrainer as DPOTrainer
     from .trainers.grpo import GRPOConfig as GRPOConfig
     from .trainers.grpo import GRPOTrainer as GRPOTrainer
 

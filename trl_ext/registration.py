@@ -4,6 +4,8 @@ import importlib
 from typing import Any
 
 _NAMES = {
+    "DPOConfig": "trl_ext.trainers.dpo",
+    "DPOTrainer": "trl_ext.trainers.dpo",
     "GRPOConfig": "trl_ext.trainers.grpo",
     "GRPOTrainer": "trl_ext.trainers.grpo",
 }

@@ -1,0 +1,233 @@
+"""DPOConfig: bad input is refused in one sentence, before a model loads."""
+
+import re
+import warnings
+
+import pytest
+import torch
+import trl
+
+from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
+from trl_ext.trainers.dpo import DPOConfig
+from trl_ext.trainers.dpo_config import SAME_AS_TRL, TRL_LOSSES
+
+REWARDS = {"chosen_reward_column": "good", "rejected_reward_column": "bad"}
+IPO = {"loss_type": ["psipo_identity"]}
+
+
+def config(**options):
+    return DPOConfig("out", **{"bf16": False, "use_cpu": True, "report_to": "none", **options})
+
+
+def infinite_at_one(prob):
+    return -torch.log(1 - prob)
+
+
+def pair_loss(batch, *, strength=1.0):
+    return strength * batch.margin
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": ["dpo"]}, "'dpo' is neither one of ['aot', 'aot_unpaired', 'apo_down'"),
+        ({"loss_type": ["no_such_module.loss"]}, "'no_such_module.loss' cannot be imported"),
+        ({**IPO, "loss_weights": [1.0, 2.0]}, "`loss_weights` must have the same length as `loss_type`"),  # TRL's
+        ({**IPO, "logp_reduction": "max"}, "logp_reduction must be 'sum' or 'mean', got 'max'."),
+        ({**IPO, "beta": 0.0}, "beta must be positive, got 0.0."),
+        ({**IPO, "reward_scale": "1"}, "reward_scale must be a finite number, got '1'."),
+        ({**IPO, "callbacks": ["test_dpo_config.Nothing"]}, "'test_dpo_config.Nothing' cannot be imported"),
+        # psi
+        ({**IPO, "psi": "identity"}, "psi and loss_type 'psipo' need each other; set both, or neither."),
+        ({"loss_type": ["psipo"]}, "psi and loss_type 'psipo' need each other; set both, or neither."),
+        (
+            {"loss_type": ["psipo"], "psi": "cubic"},
+            "'cubic' is neither one of ['identity', 'logit'] nor a dotted path",
+        ),
+        (
+            {"loss_type": ["psipo_logit"]},
+            "loss_type 'psipo_logit' needs preference_prob_column: its Ψ is infinite at 0 or 1, and with hard labels "
+            "E[Ψ(label)] = Ψ(0) + (Ψ(1) - Ψ(0))·p, so a finite Ψ collapses to IPO and an infinite one diverges.",
+        ),
+        ({"loss_type": ["psipo"], "psi": "logit"}, "loss_type 'psipo' needs preference_prob_column"),
+        (
+            {"loss_type": ["psipo"], "psi": "test_dpo_config.infinite_at_one"},
+            "loss_type 'psipo' needs preference_prob_column",
+        ),
+        # what TRL's names cannot do
+        (
+            {"loss_type": ["exo_pair"], "logp_reduction": "mean"},
+            "loss_type 'exo_pair' is TRL's and cannot take logp_reduction, preference_prob_column or "
+            "sample_weight_column; only ['hinge', 'ipo', 'sigmoid', 'sigmoid_norm'] of TRL's names can.",
+        ),
+        (
+            {"loss_type": ["sigmoid_norm"], "logp_reduction": "sum"},
+            "loss_type 'sigmoid_norm' is the mean over tokens and contradicts logp_reduction='sum'; use 'sigmoid'",
+        ),
+        (
+            {"loss_type": ["sigmoid", "sft"], "sample_weight_column": "w"},
+            "loss_type 'sft' is TRL's, which cannot weight it; remove it or sample_weight_column.",
+        ),
+        (
+            {"loss_type": ["gpo_hinge", "sft"], "use_weighting": True},
+            "loss_type 'sft' is TRL's, which cannot weight it; remove it or use_weighting.",
+        ),
+        (
+            {**IPO, "f_divergence_type": "forward_kl"},
+            "f_divergence_type='forward_kl' is not available with the losses of trl_ext (['psipo_identity'])",
+        ),
+        # columns
+        (
+            {"loss_type": ["rpo_sq"], "chosen_reward_column": "good"},
+            "chosen_reward_column and rejected_reward_column must be set both or neither, got 'good' and None.",
+        ),
+        (
+            {"loss_type": ["odpo"]},
+            "loss_type 'odpo' compares scores of the two completions; set chosen_reward_column and "
+            "rejected_reward_column.",
+        ),
+        ({**IPO, **REWARDS}, "The reward columns are read by none of loss_type ['psipo_identity']; remove them."),
+        (
+            {"loss_type": ["dpop"], "preference_prob_column": "p"},
+            "preference_prob_column is read by none of loss_type ['dpop']; remove it.",
+        ),
+        ({"loss_type": ["sft"], "logp_reduction": "sum"}, "have no effect with loss_type ['sft']"),
+        (REWARDS, "have no effect with loss_type ['sigmoid']"),
+        # label smoothing
+        ({**IPO, "label_smoothing": 1.5}, "label_smoothing must be between 0 and 1, got 1.5."),
+        (
+            {"loss_type": ["simpo"], "label_smoothing": 0.1},
+            "label_smoothing is not read by loss_type 'simpo'; set it to 0.",
+        ),
+        # keyword arguments
+        ({**IPO, "loss_kwargs": [1]}, "loss_kwargs must map entries of loss_type to mappings of option to value"),
+        ({**IPO, "loss_kwargs": {"psipo_identity": 1}}, "loss_kwargs must map entries of loss_type to mappings"),
+        (
+            {**IPO, "loss_kwargs": {"dpop": {"lam": 5.0}}},
+            "loss_kwargs is for 'dpop', which is not among the losses of trl_ext in loss_type (['psipo_identity']).",
+        ),
+        (
+            {"loss_type": ["dpop"], "loss_kwargs": {"dpop": {"lambda": 5.0}}},
+            "loss_kwargs has no 'lambda' for 'dpop'; it takes ['lam'].",
+        ),
+        (
+            {"loss_type": ["dpop"], "loss_kwargs": {"dpop": {"lam": "5"}}},
+            "loss_kwargs 'lam' of 'dpop' must be a finite number, got '5'.",
+        ),
+        (
+            {
+                "loss_type": ["psipo_logit"],
+                "preference_prob_column": "p",
+                "loss_kwargs": {"psipo_logit": {"eps": 0.7}},
+            },
+            "eps must be between 0 and 0.5, got 0.7.",
+        ),
+        (
+            {"loss_type": ["test_dpo_config.pair_loss"], "loss_kwargs": {"test_dpo_config.pair_loss": {"power": 2}}},
+            "loss_kwargs has no 'power' for 'test_dpo_config.pair_loss'; it takes ['strength'].",
+        ),
+        # without a reference
+        (
+            {"loss_type": ["simpo"], "precompute_ref_log_probs": True},
+            "precompute_ref_log_probs has no effect: loss_type ['simpo'] reads no reference model.",
+        ),
+        ({"loss_type": ["simpo", "sft"], "sync_ref_model": True}, "sync_ref_model has no effect: loss_type"),
+    ],
+)
+def test_bad_options_are_refused_in_one_sentence(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(**options)
+
+
+SIGMOID = (
+    "TRL ignores label_smoothing with loss_type 'sigmoid'. For conservative DPO use loss_type 'gpo_logistic' (the "
+    "same loss with soft labels)."
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sigmoid", SIGMOID),
+        (
+            "hinge",
+            "with loss_type 'hinge'. For soft labels use loss_type 'gpo_hinge' (the same loss with soft labels).",
+        ),
+        ("ipo", "For soft labels use loss_type 'psipo_identity' and logp_reduction 'mean' (the same loss"),
+        ("sigmoid_norm", "For soft labels use loss_type 'gpo_logistic' and logp_reduction 'mean' (the same loss"),
+    ],
+)
+def test_ignored_label_smoothing_is_mentioned_once(name, message):
+    with pytest.warns(UserWarning, match=re.escape(message)) as caught:
+        config(loss_type=[name], label_smoothing=0.1)
+    assert len([w for w in caught if "label_smoothing" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"loss_type": [name]} for name in TRL_LOSSES),
+        *({"loss_type": [name], "label_smoothing": 0.1} for name in ("robust", "exo_pair", "aot", "gpo_logistic")),
+        {"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1},  # the field is robust's
+        {"loss_type": ["simpo", "robust"], "label_smoothing": 0.1},
+        {"loss_type": "psipo_identity"},  # as in YAML
+        {"loss_type": ["sigmoid"], "label_smoothing": 0.1, "logp_reduction": "sum"},
+        *(
+            {"loss_type": [name], **REWARDS}
+            for name in PREFERENCE_LOSSES
+            if name.startswith(("rpo", "odpo", "margin"))
+        ),
+        {"loss_type": ["sigmoid", "rpo_sq"], **REWARDS, "reward_scale": 2.0},
+        {"loss_type": ["psipo"], "psi": "torch.sin"},
+        {"loss_type": ["psipo"], "psi": "test_dpo_config.infinite_at_one", "preference_prob_column": "p"},
+        {"loss_type": ["dpop", "simpo"], "loss_kwargs": '{"dpop": {"lam": 5.0}}'},  # JSON, as on the command line
+        {"loss_type": ["test_dpo_config.pair_loss"], "loss_kwargs": {"test_dpo_config.pair_loss": {"strength": 2}}},
+        {"loss_type": ["test_dpo_config.pair_loss"], "preference_prob_column": "p", **REWARDS},
+        *({"loss_type": [name], "preference_prob_column": "p"} for name in SAME_AS_TRL),
+    ],
+)
+def test_good_options_are_accepted_in_silence(options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config(**options)
+
+
+# What the config leans on in TRL
+
+
+def test_trls_names_are_all_that_trl_has():
+    import inspect
+
+    source = inspect.getsource(trl.DPOTrainer._compute_loss)
+    assert {*re.findall(r'loss_type == "(\w+)"', source)} == {*TRL_LOSSES}
+    assert not {*TRL_LOSSES} & {*PREFERENCE_LOSSES, "psipo"}
+
+
+def test_no_field_of_ours_is_a_field_of_trl_and_each_is_off():
+    theirs, fields = trl.DPOConfig.__dataclass_fields__, DPOConfig.__dataclass_fields__
+    ours = fields.keys() - theirs.keys()
+    assert {name for name in DPOConfig.__annotations__ if not name.startswith("_")} == ours
+    assert {fields[name].default for name in ours} == {None, 1.0}  # reward_scale is a factor
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_compute_loss", ["self", "model", "inputs", "return_outputs"]),
+        ("compute_ref_log_probs", ["self", "model", "inputs"]),
+        ("_precompute_ref_logps", ["self", "dataset", "name", "batch_size"]),
+        ("_prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"]),
+        ("_set_signature_columns_if_needed", ["self"]),
+    ],
+)
+def test_parameters_of_the_methods_that_are_wrapped(method, parameters):
+    import inspect
+
+    assert list(inspect.signature(getattr(trl.DPOTrainer, method)).parameters) == parameters
+
+
+def test_preparing_a_dataset_reads_three_options_only():
+    import inspect
+
+    source = inspect.getsource(trl.DPOTrainer._prepare_dataset)
+    assert {*re.findall(r"\bargs\.(\w+)", source)} == {"dataset_num_proc", "max_length", "truncation_mode"}
