@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from recipes.gsm8k import exact_number, to_prompt
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.lookup import import_path
+from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")])
+KINDS = {"grpo": (GRPOScriptArguments, GRPOConfig), "dpo": (ScriptArguments, DPOConfig)}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 FUNCTIONAL = [f"trl_ext.functional.{path.stem}" for path in sorted((ROOT / "trl_ext/functional").glob("[a-z]*.py"))]
 
@@ -85,12 +87,14 @@ def test_a_recipe_parses_without_unknown_keys(path, monkeypatch):
     text = path.read_text()
     assert len(text.splitlines()) <= 40
     assert "run to the end" in text.lower(), "the header says whether anyone has"
-    parser = TrlParser((GRPOScriptArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig))
+    command = re.search(rf"trl-ext (\w+) --config recipes/{path.name}", text)[1]
+    script_arguments, config_class = KINDS[command]
+    parser = TrlParser((script_arguments, config_class, ModelConfig, DatasetMixtureConfig))
     on_this_machine = {"bf16": False, "use_cpu": True}
     options = yaml.safe_load(text) | on_this_machine
     assert parser.set_defaults_with_config(**options) == []
     script_args, *_ = parser.parse_args_into_dataclasses(args=[])
-    for reward in script_args.reward_funcs:
+    for reward in getattr(script_args, "reward_funcs", None) or []:
         import_path(reward)
 
 

@@ -15,6 +15,7 @@ from ..functional.preference_losses import ODPO_FLOOR, PairBatch
 from ..lookup import import_path
 from .dpo_config import READS_LABEL_SMOOTHING, PairLoss, is_number
 from .dpo_config import DPOConfig as DPOConfig
+from .kl import moved
 
 
 class DPOTrainer(_DPOTrainer):
@@ -209,7 +210,7 @@ class DPOTrainer(_DPOTrainer):
         means = dict(zip(columns, self.accelerator.gather(table.T.contiguous()).mean(0).tolist(), strict=True))
         ours, theirs = means.pop("logps/chosen"), metrics["logps/chosen"][-1]
         if abs(ours - theirs) > 1e-3 * abs(theirs) + 1e-6:
-            raise RuntimeError(_moved(f"the mean log-prob of the chosen completions is {theirs} there, {ours} here"))
+            raise RuntimeError(moved(f"the mean log-prob of the chosen completions is {theirs} there, {ours} here"))
         for name, mean in means.items():
             metrics[name].append(mean)
 
@@ -270,12 +271,3 @@ def _datasets(given: Any) -> list:
 
 def _column_names(dataset: Any) -> list[str]:
     return getattr(dataset, "column_names", None) or ([] if dataset is None else list(next(iter(dataset))))
-
-
-def _moved(what: str) -> str:
-    import trl
-
-    return (
-        f"TRL {trl.__version__} is not laid out as trl_ext expects: {what}. Install a TRL version that trl_ext was "
-        "tested with (see constraints.txt), or report this."
-    )
