@@ -139,6 +139,7 @@ def _env(argv: list[str]) -> int:
 
     print("Places of TRL that trl_ext leans on:\n")
     failed = 0
+    warnings.simplefilter("ignore")  # TRL's remarks on the tiny run of the check
     for name, check in CHECKS.items():
         try:
             check()

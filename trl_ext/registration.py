@@ -104,9 +104,11 @@ def _bind(name: str) -> None:
     theirs, ours = importlib.import_module(_home(name)), importlib.import_module(_NAMES[name])
     if not hasattr(ours, name):
         return  # our module is importing TRL's at this moment, and needs the original; its own end comes here again
-    original = _originals.setdefault((_home(name), name), getattr(theirs, name))
-    check_parameters(original)
-    setattr(theirs, name, getattr(ours, name))
+    held = getattr(theirs, name)
+    if held is not getattr(ours, name):
+        check_parameters(held)
+        _originals[_home(name), name] = held
+        setattr(theirs, name, getattr(ours, name))
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -15,6 +15,7 @@ from ..functional.advantages import ADVANTAGE_ESTIMATORS, NEEDS_SIBLINGS, PER_TO
 from ..functional.kl import KL_ESTIMATORS
 from ..functional.reductions import nearly_equal, reward_at_end, weighted_mean
 from ..lookup import import_path, lookup
+from .model_card import describing_options
 
 
 class _One(int):
@@ -356,6 +357,10 @@ class GRPOTrainer(_GRPOTrainer):
             groups = returns.view(-1, num_generations)
             equal = nearly_equal(groups.nan_to_num(), ~groups.isnan(), dim=1)
             metrics["advantages/frac_zero_variance_groups"].append(equal.double().mean().item())
+
+    def create_model_card(self, *args, **kwargs):
+        with describing_options(self):
+            super().create_model_card(*args, **kwargs)
 
 
 def _moved(what: str) -> str:
