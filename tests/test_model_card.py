@@ -59,6 +59,19 @@ def test_without_our_options_the_card_is_trls(tiny_model, tmp_path):
     assert sorted(ours.splitlines()) == sorted(theirs.splitlines())  # TRL writes the tags in any order
 
 
+def test_what_is_pushed_to_the_hub_has_the_same_card(tiny_model, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder", lambda _, **options: pushed.append(options["folder_path"])
+    )
+    pushing = trainer(tiny_model, tmp_path, **REINFORCE_PLUS_PLUS)
+    pushing.hub_model_id = "someone/mine"
+    pushing.push_to_hub(dataset_name="clock")
+    assert pushed == [str(tmp_path)]
+    text = (tmp_path / "README.md").read_text()
+    assert "trained with REINFORCE++, a method" in text and "- `kl_placement`: `reward`\n" in text
+
+
 def test_other_options_are_listed_under_trls_method(tiny_model, tmp_path):
     text = card(trainer(tiny_model, tmp_path, advantage_estimator="group_relative"), tmp_path)
     assert "trained with GRPO, a method introduced in [DeepSeekMath" in text
