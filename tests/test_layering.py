@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "trl_ext"
 HEAVY = {"trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes"}
-LAYERS = ["functional", "lookup", "trainers", "registration", "cli"]  # each may import those before it
-SEES_TRL = {"trainers", "rewards", "registration", "cli", "__main__"}
+LAYERS = ["functional", "lookup", "seams", "trainers", "registration", "cli"]  # each may import those before it
+SEES_TRL = {"seams", "trainers", "rewards", "registration", "cli", "__main__"}
 
 
 def imports(path: Path):

@@ -13,9 +13,10 @@ from trl.trainer.dpo_trainer import DPOTrainer as _DPOTrainer
 
 from ..functional.preference_losses import ODPO_FLOOR, PairBatch
 from ..lookup import import_path
+from ..seams import moved
 from .dpo_config import READS_LABEL_SMOOTHING, PairLoss, is_number
 from .dpo_config import DPOConfig as DPOConfig
-from .kl import moved
+from .model_card import describing_options
 
 
 class DPOTrainer(_DPOTrainer):
@@ -210,9 +211,13 @@ class DPOTrainer(_DPOTrainer):
         means = dict(zip(columns, self.accelerator.gather(table.T.contiguous()).mean(0).tolist(), strict=True))
         ours, theirs = means.pop("logps/chosen"), metrics["logps/chosen"][-1]
         if abs(ours - theirs) > 1e-3 * abs(theirs) + 1e-6:
-            raise RuntimeError(moved(f"the mean log-prob of the chosen completions is {theirs} there, {ours} here"))
+            raise moved(f"the mean log-prob of the chosen completions is {theirs} there, {ours} here")
         for name, mean in means.items():
             metrics[name].append(mean)
+
+    def create_model_card(self, *args, **kwargs):
+        with describing_options(self):
+            super().create_model_card(*args, **kwargs)
 
 
 class _FirstOutput:

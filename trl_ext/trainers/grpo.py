@@ -18,7 +18,9 @@ from ..functional.advantages import ADVANTAGE_ESTIMATORS, NEEDS_SIBLINGS, PER_TO
 from ..functional.kl import KL_ESTIMATORS, SATURATION, adapted_beta, k1, k2, k3, kl_in_loss
 from ..functional.reductions import nearly_equal, reward_at_end, weighted_mean
 from ..lookup import import_path, lookup
-from .kl import BetaTimes, check_kl, exact_kl, kl_choice, last_hidden_states, lm_head, moved
+from ..seams import moved
+from .kl import BetaTimes, check_kl, exact_kl, kl_choice, last_hidden_states, lm_head
+from .model_card import describing_options
 
 _CONTROLLER_FILE = "kl_controller.json"
 
@@ -259,7 +261,7 @@ class GRPOTrainer(_GRPOTrainer):
             # TRL has just run the reference over this batch; the loss needs its hidden states, not another pass.
             found = [hidden for logps, hidden in calls if logps is output["ref_per_token_logps"]]
             if len(found) != 1:
-                raise RuntimeError(moved("scoring does not return the log-probs of the reference as computed"))
+                raise moved("scoring does not return the log-probs of the reference as computed")
             output["ref_hidden_states"] = found[0].clone()
         if self._option("advantage_estimator") is not None:
             self._replace_advantages(output)
@@ -268,7 +270,7 @@ class GRPOTrainer(_GRPOTrainer):
     def _replace_advantages(self, output):
         """Puts our advantages in place of TRL's: `(B,)` or `(B, T)`, local rows."""
         if self._rewards_per_func is None:
-            raise RuntimeError(moved("_calculate_rewards is not called while scoring"))
+            raise moved("_calculate_rewards is not called while scoring")
         mode, name = "train" if self.model.training else "eval", self.args.advantage_estimator
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         local_mask = output["completion_mask"] * output.get("tool_mask", 1)
@@ -397,7 +399,7 @@ class GRPOTrainer(_GRPOTrainer):
             self.beta, self._log_prob_calls = beta, None
         if placement == "loss":
             if len(in_loss.penalties) != 1 or len(calls) != 1:
-                raise RuntimeError(moved("the loss does not multiply beta by the KL per token exactly once"))
+                raise moved("the loss does not multiply beta by the KL per token exactly once")
             logps = calls[0][0].detach()
             old = inputs.get("old_per_token_logps")
             old = logps if old is None else old
@@ -500,3 +502,7 @@ class GRPOTrainer(_GRPOTrainer):
             groups = returns.view(-1, num_generations)
             equal = nearly_equal(groups.nan_to_num(), ~groups.isnan(), dim=1)
             metrics["advantages/frac_zero_variance_groups"].append(equal.double().mean().item())
+
+    def create_model_card(self, *args, **kwargs):
+        with describing_options(self):
+            super().create_model_card(*args, **kwargs)

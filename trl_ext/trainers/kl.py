@@ -14,6 +14,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from ..functional.kl import KL_ESTIMATORS
 from ..lookup import lookup
+from ..seams import moved
 
 RIGHT_ESTIMATOR = {"loss": "k3", "reward": "k1"}
 
@@ -167,7 +168,7 @@ class BetaTimes(float):
     def _times(self, theirs: torch.Tensor) -> torch.Tensor:
         ours = self._per_token_kl()
         if theirs.shape != ours.shape:
-            raise RuntimeError(moved(f"beta is multiplied by a tensor of shape {tuple(theirs.shape)} in the loss"))
+            raise moved(f"beta is multiplied by a tensor of shape {tuple(theirs.shape)} in the loss")
         self.penalties.append(ours)
         return float(self) * ours
 
@@ -206,7 +207,7 @@ def lm_head(model: torch.nn.Module) -> Head:
         scale, softcap = values["logit_scale"], values["final_logit_softcapping"]
         in_float32 = values["cast_lm_head_to_fp32"]
     except KeyError as error:
-        raise RuntimeError(moved(f"add_fused_lm_head has no {error}")) from error
+        raise moved(f"add_fused_lm_head has no {error}") from error
     head = base.get_output_embeddings()
     return Head(head.weight, head.bias, scale, softcap, in_float32)
 
@@ -265,13 +266,3 @@ def exact_kl(
             ref_head.softcap,
         )
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(trainable, divergence)
-
-
-def moved(what: str) -> str:
-    """The error of a failed seam check."""
-    import trl
-
-    return (
-        f"TRL {trl.__version__} is not laid out as trl_ext expects: {what}. Install a TRL version that trl_ext was "
-        "tested with (see constraints.txt), or report this."
-    )

@@ -1,0 +1,197 @@
+"""`register()`: which names become ours, when, and how they are given back."""
+
+import importlib
+import pickle
+import subprocess
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+import trl
+from datasets.fingerprint import Hasher
+from tiny import build, scripted_rollout, train, weights
+from trl.trainer import grpo_config, grpo_trainer, rloo_trainer
+
+import trl_ext
+from trl_ext import registration
+
+ORIGINALS = grpo_trainer.GRPOTrainer, grpo_config.GRPOConfig
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_undone():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="These names were imported from TRL before")  # this file's own
+        yield
+    trl_ext.unregister()
+    for place in (trl, trl.trainer):
+        assert (place.GRPOTrainer, place.GRPOConfig) == ORIGINALS
+    assert (grpo_trainer.GRPOTrainer, grpo_config.GRPOConfig) == ORIGINALS
+
+
+def test_registration_reaches_every_place_and_can_be_undone():
+    assert trl.GRPOTrainer is ORIGINALS[0]  # resolved, so that TRL's lazy module holds it
+    trl_ext.register()
+    trl_ext.register()
+    for place in (trl, trl.trainer):
+        assert place.GRPOTrainer is trl_ext.GRPOTrainer
+        assert place.GRPOConfig is trl_ext.GRPOConfig
+        assert place.RLOOTrainer is rloo_trainer.RLOOTrainer
+        with pytest.raises(AttributeError, match="has no attribute NoSuchTrainer"):
+            _ = place.NoSuchTrainer
+    assert grpo_trainer.GRPOTrainer is trl_ext.GRPOTrainer
+    assert grpo_config.GRPOConfig is ORIGINALS[1], "a config stays TRL's where pickles look for it"
+    trl_ext.unregister()
+    trl_ext.unregister()
+
+
+def test_as_a_context_manager_it_undoes_what_it_did_and_no_more():
+    with trl_ext.register():
+        assert trl.GRPOTrainer is trl_ext.GRPOTrainer
+        with trl_ext.register():
+            pass
+        assert trl.GRPOTrainer is trl_ext.GRPOTrainer
+    assert trl.GRPOTrainer is ORIGINALS[0]
+
+
+def test_pickles_of_trl_do_not_change():
+    def function(batch):
+        return trl.GRPOConfig, grpo_trainer.GRPOTrainer.__name__
+
+    args = trl.GRPOConfig("out", bf16=False, use_cpu=True)
+    before = [pickle.dumps(trl), pickle.dumps(trl.trainer), Hasher.hash(function)]
+    with trl_ext.register():
+        assert [pickle.dumps(trl), pickle.dumps(trl.trainer), Hasher.hash(function)] == before
+        assert type(pickle.loads(pickle.dumps(args))) is ORIGINALS[1]
+        assert type(pickle.loads(pickle.dumps(trl.GRPOConfig("out", bf16=False)))) is trl_ext.GRPOConfig
+
+
+def test_one_line_of_the_table_registers_a_name(monkeypatch):
+    ours = types.ModuleType("ours_of_rloo")
+    ours.RLOOTrainer = type("RLOOTrainer", (rloo_trainer.RLOOTrainer,), {})
+    monkeypatch.setitem(sys.modules, "ours_of_rloo", ours)
+    monkeypatch.setitem(registration._NAMES, "RLOOTrainer", "ours_of_rloo")
+    original = rloo_trainer.RLOOTrainer
+    with trl_ext.register():
+        assert trl.RLOOTrainer is trl.trainer.RLOOTrainer is rloo_trainer.RLOOTrainer is ours.RLOOTrainer
+    assert trl.RLOOTrainer is trl.trainer.RLOOTrainer is rloo_trainer.RLOOTrainer is original
+
+
+@pytest.mark.parametrize("name", registration._NAMES)
+def test_each_name_of_the_table_is_a_subclass_of_trls(name):
+    theirs = getattr(trl, name)
+    assert theirs.__module__ == registration._home(name)
+    with trl_ext.register():
+        ours = getattr(trl, name)
+        assert issubclass(ours, theirs) and ours is not theirs
+        assert ours is getattr(importlib.import_module(registration._NAMES[name]), name) and ours.__name__ == name
+
+
+def test_names_imported_before_are_listed_in_a_warning(monkeypatch):
+    early = types.ModuleType("user_module")
+    early.Trainer, early.GRPOConfig = ORIGINALS
+    monkeypatch.setitem(sys.modules, "user_module", early)
+    with pytest.warns(UserWarning, match="before trl_ext.register") as caught:
+        trl_ext.register()
+    assert len(caught) == 1 and caught[0].filename == __file__
+    text = str(caught[0].message)
+    assert "user_module.GRPOConfig, user_module.Trainer" in text
+    assert "trl.trainer" not in text and "trl_ext.trainers" not in text
+
+
+@pytest.mark.parametrize("place", [trl, trl.trainer, grpo_trainer])
+def test_it_refuses_to_build_on_another_patch(monkeypatch, place):
+    class Patched(ORIGINALS[0]):
+        pass
+
+    monkeypatch.setattr(place, "GRPOTrainer", Patched)
+    with pytest.raises(
+        RuntimeError, match=rf"{place.__name__}\.GRPOTrainer was replaced by test_registration already"
+    ):
+        trl_ext.register()
+    monkeypatch.undo()
+    trl_ext.register()  # nothing was left half done
+    assert trl.GRPOTrainer is trl_ext.GRPOTrainer
+
+
+@pytest.mark.parametrize(("version", "warned"), [("1.16.3", 0), ("1.17.0", 1), ("2.0.0.dev0", 1), ("unknown", 0)])
+def test_a_newer_minor_version_of_trl_is_warned_about_once(monkeypatch, version, warned):
+    monkeypatch.setattr(trl, "__version__", version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trl_ext.register()
+        trl_ext.register()
+    texts = [str(w.message) for w in caught if "was tested with" in str(w.message)]
+    assert len(texts) == warned and all(f"tested with TRL 1.16; this is TRL {version}" in text for text in texts)
+
+
+IN_A_NEW_PROCESS = """
+import sys, time
+start = time.monotonic()
+import trl_ext
+trl_ext.register()
+assert "torch" not in sys.modules and "transformers" not in sys.modules, "register() is cheap"
+assert time.monotonic() - start < 5
+
+def forget():
+    for name in ("trl.trainer.grpo_trainer", "trl_ext.trainers.grpo"):
+        sys.modules.pop(name, None)
+
+# An experimental trainer of TRL, then each way to the name, first of all imports.
+from trl.experimental.gmpo import GMPOTrainer
+from trl_ext.trainers import grpo as ours
+import trl.trainer.grpo_trainer as home
+assert home.GRPOTrainer is ours.GRPOTrainer and home.GRPOTrainer in GMPOTrainer.__mro__
+originals = set()
+for line in (
+    "from trl.trainer.grpo_trainer import GRPOTrainer",
+    "from trl_ext.trainers.grpo import GRPOTrainer",
+    "from trl_ext import GRPOTrainer",
+    "from trl import GRPOTrainer",
+    "from trl.trainer import GRPOTrainer",
+):
+    forget()
+    exec(line)
+    home = sys.modules["trl.trainer.grpo_trainer"]
+    assert home.GRPOTrainer is GRPOTrainer is sys.modules["trl_ext.trainers.grpo"].GRPOTrainer, line
+    assert GRPOTrainer.__module__ == "trl_ext.trainers.grpo", line
+    assert GRPOTrainer.__mro__[1].__module__ == "trl.trainer.grpo_trainer", line
+    assert GRPOTrainer.__mro__[1].__mro__[1].__module__ == "trl.trainer.base_trainer", line
+    assert home.GRPOConfig.__module__ == "trl.trainer.grpo_config", line
+trl_ext.unregister()
+assert home.GRPOTrainer is GRPOTrainer.__mro__[1]
+forget()
+import trl.trainer.grpo_trainer
+assert trl.trainer.grpo_trainer.GRPOTrainer.__module__ == "trl.trainer.grpo_trainer"
+"""
+
+
+def test_registration_is_lazy_and_reaches_deep_imports_in_any_order():
+    done = subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def gmpo():
+    """TRL's experimental GMPO, imported anew: a subclass of the `GRPOTrainer` that it finds."""
+    for name in [name for name in sys.modules if name.startswith("trl.experimental.gmpo")]:
+        del sys.modules[name]
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+
+    return GMPOTrainer, GMPOConfig
+
+
+def test_an_experimental_subclass_trains_as_without_us(tiny_model, tmp_path):
+    options = {"model": tiny_model, "output_dir": tmp_path, "rollout_func": scripted_rollout, "optim": "sgd"}
+    expected = weights(train(*gmpo(), **options))
+    with trl_ext.register():
+        trainer_class, config_class = gmpo()
+        assert issubclass(trainer_class, trl_ext.GRPOTrainer) and not issubclass(config_class, trl_ext.GRPOConfig)
+        trainer = build(trainer_class, config_class, **options)
+        trainer.train()
+        with pytest.raises(TypeError, match="advantage_estimator"):
+            config_class("out", advantage_estimator="reinforce")
+    gmpo()
+    for name, weight in weights(trainer).items():
+        assert torch.equal(weight, expected[name]), name
