@@ -20,6 +20,7 @@ LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "lusp
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
+        ("_generate", ["self", "prompts"]),
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_generate_and_score_completions", ["self", "inputs"]),
         ("_compute_loss", ["self", "model", "inputs"]),
@@ -43,7 +44,10 @@ def test_no_field_of_ours_is_a_field_of_trl():
 
 def test_every_option_of_ours_is_off_by_default():
     fields = GRPOConfig.__dataclass_fields__
-    assert {fields[name].default for name in fields.keys() - trl.GRPOConfig.__dataclass_fields__.keys()} == {None}
+    # What these say is read only together with an option that is off.
+    details = {"step_separator": "\n", "process_weight": 1.0, "outcome_weight": 1.0}
+    for name in fields.keys() - trl.GRPOConfig.__dataclass_fields__.keys():
+        assert fields[name].default == details.get(name), name
 
 
 @pytest.fixture(scope="module")
