@@ -258,7 +258,8 @@ def step_metrics(
     equal = nearly_equal(rewards.reshape(pooled), scored.reshape(pooled), dim=1)
     metrics["frac_groups_zero_std"] = equal.double().mean().item()
     trainable = completion_mask.bool()
-    first = advantages.gather(1, trainable.long().argmax(1, keepdim=True))[:, 0].double()
+    per_token = advantages if advantages.dim() == 2 else advantages[:, None].expand(trainable.shape)
+    first = per_token.gather(1, trainable.long().argmax(1, keepdim=True))[:, 0].double()
     rows = trainable.any(1)
     for name, values in (("steps_advantage_corr", first), ("steps_abs_advantage_corr", first.abs())):
         both = torch.stack([count[rows], values[rows]])
