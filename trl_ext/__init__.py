@@ -12,14 +12,16 @@ __version__ = "0.1.0.dev0"
 _PUBLIC = {
     "GRPOConfig": "trl_ext.trainers.grpo",
     "GRPOTrainer": "trl_ext.trainers.grpo",
+    "ProcessRewardModel": "trl_ext.rewards",
     "register": "trl_ext.registration",
     "unregister": "trl_ext.registration",
 }
-__all__ = ["GRPOConfig", "GRPOTrainer", "__version__", "register", "unregister"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "ProcessRewardModel", "__version__", "register", "unregister"]
 
 if TYPE_CHECKING:
     from .registration import register as register
     from .registration import unregister as unregister
+    from .rewards import ProcessRewardModel as ProcessRewardModel
     from .trainers.grpo import GRPOConfig as GRPOConfig
     from .trainers.grpo import GRPOTrainer as GRPOTrainer
 

@@ -24,6 +24,7 @@ from .step_rewards import (
     check_steps,
     mixed,
     step_metrics,
+    with_process_reward_model,
 )
 from .steps import segment
 
@@ -264,6 +265,10 @@ class GRPOTrainer(_GRPOTrainer):
     _shown_steps: list[int] = []  # those whose step rewards are in the completions table
 
     def __init__(self, *args, **kwargs):
+        given = inspect.signature(_GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        if getattr(given.get("args"), "process_reward_model", None) is not None:
+            del given["self"]
+            args, kwargs = (), with_process_reward_model(given)
         super().__init__(*args, **kwargs)
         for path in self._option("callbacks") or []:
             self.add_callback(import_path(path)())

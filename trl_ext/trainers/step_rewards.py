@@ -15,11 +15,13 @@ from ..functional.advantages import group_relative
 from ..functional.process_rewards import PROCESS_ESTIMATORS, reward_at_steps
 from ..functional.reductions import nearly_equal
 from ..lookup import import_path
+from ..rewards import ProcessRewardModel
 from .steps import step_texts
 
 ESTIMATORS: dict[str, Any] = _table.ADVANTAGE_ESTIMATORS | PROCESS_ESTIMATORS
 NEEDS_SIBLINGS = _table.NEEDS_SIBLINGS | {*PROCESS_ESTIMATORS}
 PER_TOKEN = _table.PER_TOKEN | {*PROCESS_ESTIMATORS}
+_ONE_PER_COMPLETION = {*ESTIMATORS} - PER_TOKEN
 
 
 class _Returned(NamedTuple):
@@ -132,7 +134,7 @@ class Steps:
                     f"Reward function {name!r} returned step rewards, but advantage_estimator is not set. Use "
                     "advantage_estimator='process_group_relative'."
                 )
-            if estimator in ESTIMATORS and estimator not in PER_TOKEN:
+            if estimator in _ONE_PER_COMPLETION:
                 raise ValueError(
                     f"advantage_estimator={estimator!r} would add up the step rewards of a completion and favour many "
                     "steps. Use 'process_group_relative', or return one number (for example the minimum)."
@@ -285,7 +287,26 @@ def check_steps(config) -> None:
             raise ValueError(f"{option} must be a number, got {weight!r}. Use 0 to leave a source out.")
         if weight != 1.0 and name not in PROCESS_ESTIMATORS:
             raise ValueError(f"{option} is read only with advantage_estimator='process_group_relative'.")
+    if config.process_reward_model is not None:
+        ProcessRewardModel.from_options(config.process_reward_model)
+        if name is None or name in _ONE_PER_COMPLETION:
+            raise ValueError(
+                "process_reward_model gives one reward per step, which advantage_estimator="
+                f"{name!r} cannot use. Use 'process_group_relative'."
+            )
     if name in PROCESS_ESTIMATORS and config.kl_placement == "reward":
         raise ValueError(
             f"{name!r} normalises step rewards, and a KL penalty belongs to no step. Use kl_placement='loss'."
         )
+
+
+def with_process_reward_model(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's arguments with the process-reward model of its config, loaded, as the last reward function."""
+    model = ProcessRewardModel.from_options(arguments["args"].process_reward_model)
+    model.load()
+    functions = arguments.get("reward_funcs") or []
+    functions = [*functions, model] if isinstance(functions, list) else [functions, model]
+    classes = arguments.get("reward_processing_classes")
+    if classes is not None:
+        classes = [*classes, None] if isinstance(classes, list) else [classes, None]
+    return {**arguments, "reward_funcs": functions, "reward_processing_classes": classes}
