@@ -178,6 +178,49 @@ NOT_CALLABLE = 3
             "kl_placement='reward' changes the advantages, so advantage_estimator must be set; 'group_relative' is "
             "TRL's own normalisation.",
         ),
+        ({"kl_estimator": "k2", "beta": 0.0}, "kl_estimator/kl_placement have no effect with beta=0.0"),
+        ({"kl_placement": "both", "beta": 0.1}, "kl_placement must be 'loss' or 'reward', got 'both'."),
+        (
+            {"kl_estimator": "k4", "beta": 0.1},
+            "'k4' is neither one of ['exact', 'k1', 'k2', 'k3'] nor a dotted path such as 'my_package.my_function'.",
+        ),
+        ({"kl_estimator": "no_such_package.kl", "beta": 0.1}, "there is no module 'no_such_package'."),
+        (
+            {"kl_estimator": "k1", "beta": 0.1, "use_bias_correction_kl": False},
+            "kl_estimator='k1' in the loss with use_bias_correction_kl=False has an expected gradient of zero: noise, "
+            "no penalty. Use 'k2' or 'k3', keep use_bias_correction_kl=True, or set kl_placement='reward'.",
+        ),
+        (
+            {
+                "kl_estimator": "k3",
+                "kl_placement": "reward",
+                "beta": 0.1,
+                "advantage_estimator": "reinforce_plus_plus",
+            },
+            "kl_estimator='k3' in the reward is a biased penalty that vanishes near the reference. Only 'k1' is right "
+            "in the reward; use it, or kl_placement='loss'.",
+        ),
+        ({"kl_estimator": "k2", "kl_placement": "reward", "beta": 0.1}, "kl_estimator='k2' in the reward is a biased"),
+        (
+            {"kl_estimator": "exact", "kl_placement": "reward", "beta": 0.1},
+            "kl_estimator='exact' in the reward has no gradient for its own token. Use kl_placement='loss' or "
+            "kl_estimator='k1'.",
+        ),
+        ({"kl_target": 0.1, "beta": 0.1}, "kl_target adapts the beta of our KL; set kl_estimator or kl_placement too"),
+        ({"kl_estimator": "k3", "beta": 0.1, "kl_target": 0.0}, "kl_target must be a positive number, got 0.0."),
+        (
+            {"kl_estimator": "k3", "beta": 0.1, "kl_target": 0.1, "kl_horizon": -1},
+            "kl_horizon must be a positive number, got -1.",
+        ),
+        (
+            {"kl_estimator": "k3", "beta": 0.1, "kl_target": 0.1, "kl_target_unit": "row"},
+            "kl_target_unit must be 'token' or 'sequence', got 'row'.",
+        ),
+        (
+            {"kl_estimator": "k3", "beta": 0.1, "kl_horizon": 100.0},
+            "kl_horizon is read only with kl_target; set that too, or remove it.",
+        ),
+        ({"kl_target_unit": "token"}, "kl_target_unit is read only with kl_target; set that too, or remove it."),
         ({"callbacks": ["test_config.NoSuchCallback"]}, "'test_config.NoSuchCallback' cannot be imported"),
     ],
 )
@@ -198,6 +241,36 @@ def test_bad_options_are_refused_in_one_sentence(options, message):
             "REINFORCE++ (arXiv 2501.03262, Eq. 4) puts k1 in the reward; with kl_placement unset the KL stays in "
             "TRL's loss.",
         ),
+        (
+            {"kl_estimator": "k1", "beta": 0.1},
+            "kl_estimator='k1' in the loss is unbiased but has several times the gradient variance of 'k2' and 'k3', "
+            "whose gradient is the same in expectation.",
+        ),
+        (
+            {"kl_placement": "loss", "beta": 0.1, "use_bias_correction_kl": False},
+            "kl_estimator='k3' with use_bias_correction_kl=False minimises the forward KL(ref‖policy), not "
+            "KL(policy‖ref).",
+        ),
+        (
+            {"kl_estimator": "k2", "beta": 0.1, "use_bias_correction_kl": False, "num_iterations": 2},
+            "kl_estimator='k2' without use_bias_correction_kl is biased when rollouts are reused (num_iterations or "
+            "steps_per_generation).",
+        ),
+        (
+            {"kl_estimator": "exact", "beta": 0.1, "importance_sampling_level": "sequence"},
+            "The KL keeps the token-level ratio; TRL's own path would use the sequence ratio, whose KL gradient is "
+            "not that of KL(policy‖ref).",
+        ),
+        (
+            {
+                "kl_estimator": "test_config.config",
+                "kl_placement": "reward",
+                "beta": 0.1,
+                "advantage_estimator": "group_mean",
+            },
+            "'test_config.config' is used as a reward penalty. Its gradient is that of the KL only if its value is "
+            "log(policy/ref) per token.",
+        ),
     ],
 )
 def test_questionable_options_are_warned_about(options, message):
@@ -213,6 +286,10 @@ def test_questionable_options_are_warned_about(options, message):
         {"advantage_estimator": "reinforce_plus_plus_baseline", "advantage_kwargs": {"gamma": 1.0}},
         {"advantage_estimator": "reinforce_plus_plus", "num_generations": 1, "per_device_train_batch_size": 1},
         {"advantage_estimator": "group_relative", "kl_placement": "reward", "beta": 0.1},
+        {"kl_placement": "loss", "beta": 0.1},
+        {"kl_estimator": "exact", "beta": 0.1, "kl_target": 0.05, "kl_horizon": 1000, "kl_target_unit": "sequence"},
+        {"kl_estimator": "k2", "beta": 0.1, "use_bias_correction_kl": False},
+        {"kl_estimator": "test_config.config", "beta": 0.1},
     ],
 )
 def test_good_options_are_accepted_in_silence(options):
@@ -226,3 +303,10 @@ def test_the_error_of_a_module_that_fails_to_import_is_its_own(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)  # the working directory is searched, as on the command line
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_missing"):
         config(advantage_estimator="needs_more.fn")
+
+
+def test_exact_is_refused_where_each_process_holds_a_part_of_the_head(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="kl_estimator='exact' reads the weight of the LM head outside the model's"):
+        config(kl_estimator="exact", beta=0.1)
+    config(kl_estimator="k3", beta=0.1)

@@ -9,10 +9,12 @@ import pytest
 import torch
 import trl
 from tiny import build, scripted_rollout
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 import trl_ext
 from trl_ext.trainers.grpo import GRPOConfig
+from trl_ext.trainers.kl import lm_head
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
 
@@ -140,6 +142,44 @@ def test_a_sequence_ratio_erases_token_credit(scored, monkeypatch):
     _, of_tokens = loss_and_gradient(trainer, {**output, "advantages": advantages})
     _, of_means = loss_and_gradient(trainer, {**output, "advantages": means})
     torch.testing.assert_close(of_tokens, of_means, atol=1e-7, rtol=1e-5)
+
+
+def test_the_loss_multiplies_beta_by_a_kl_per_token_in_one_place():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert source.count("self.beta * ") == 1 and "self.beta * per_token_kl" in source
+
+
+def test_the_fused_head_knows_what_it_multiplies_the_logits_by(scored):
+    head = lm_head(scored[0].model)
+    assert head.weight is scored[0].model.lm_head.weight
+    assert (head.logit_scale, head.softcap, head.in_float32) == (1.0, None, False)
+
+
+def test_the_chunked_kernel_with_beta_one_is_the_kl_from_student_to_teacher():
+    torch.manual_seed(0)
+    hidden, ref_hidden = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    weight, ref_weight = torch.randn(11, 8), torch.randn(11, 8)
+    kl, _ = ChunkedDivergenceFunction.apply(
+        hidden, weight, None, ref_hidden, ref_weight, None, 1.0, 0.7, 1.0, None, 1.0, None
+    )
+    policy, reference = ((h @ w.T / 0.7).log_softmax(-1) for h, w in ((hidden, weight), (ref_hidden, ref_weight)))
+    expected = (policy.exp() * (policy - reference)).sum(-1)
+    torch.testing.assert_close(kl, expected, atol=1e-5, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0] for x in (kl, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_scoring_returns_the_log_probs_of_the_reference_as_computed(scored, monkeypatch):
+    trainer, _ = scored
+    results, original = [], trainer._get_per_token_logps_and_entropies
+    monkeypatch.setattr(
+        trainer,
+        "_get_per_token_logps_and_entropies",
+        lambda *a, **k: results.append(original(*a, **k)) or results[-1],
+        raising=False,
+    )
+    output = trainer._generate_and_score_completions([{"prompt": "ab"}] * 4)
+    assert sum(result[0] is output["ref_per_token_logps"] for result in results) == 1
 
 
 def test_registration_reaches_both_lazy_modules_and_can_be_undone():

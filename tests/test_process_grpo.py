@@ -328,6 +328,15 @@ def test_a_step_function_by_dotted_path(train):
     assert logged(trainer)[0]["process/steps_max"] == 2.0
 
 
+def test_a_reward_model_of_trl_stays_an_outcome(train, tiny_model):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    trainer = train(*OURS, reward_funcs=[model, by_letters], rollout_func=spaced_rollout, max_steps=1, **PGR)
+    assert list(trainer._logs["extra"]) == ["by_letters/steps"]
+    assert 0.0 < logged(trainer)[0]["process/advantage_share"] < 1.0
+
+
 # Metrics and table
 
 

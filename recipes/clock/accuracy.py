@@ -111,8 +111,8 @@ class AccuracyReport(TrainerCallback):
     """
     Measure held-out accuracy before and after training, print both on one line and draw the training curves.
 
-    The curves go to `<output_dir>/curves.png`, if matplotlib is installed. Every process measures, only the first one
-    prints and draws. Training takes the course it would take without the callback.
+    The curves go to `<output_dir>/curves.png`. Every process measures, only the first one prints and draws. Training
+    takes the course it would take without the callback.
     """
 
     test_file = TEST_FILE
@@ -125,13 +125,8 @@ class AccuracyReport(TrainerCallback):
         if not state.is_world_process_zero:
             return
         curves = Path(args.output_dir) / "curves.png"
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            curves = "pip install 'trl-ext[plots]'"
-        else:
-            curves.parent.mkdir(parents=True, exist_ok=True)
-            draw_curves(state.log_history, curves)
+        curves.parent.mkdir(parents=True, exist_ok=True)
+        draw_curves(state.log_history, curves)
         print(
             f"Held-out accuracy, {len(self.rows)} prompts: greedy {self.before[0]:.2f} -> {greedy:.2f}, "
             f"sampled {self.before[1]:.2f} -> {sampled:.2f} (curves: {curves})"

@@ -1,7 +1,7 @@
 """
 Outcome against process rewards on the clock task: same model, data, batches and settings, several seeds.
 
-    python -m recipes.clock.compare [--seeds 0 1 2] [--max_steps 150] [--output outputs/compare]
+    python -m recipes.clock.compare [--seeds 0 1 2] [--max_steps 150] [--learning_rate LR] [--output outputs/compare]
 
 Trains `recipes/process_grpo_quickstart.yaml` once per seed with each kind of reward, measures held-out accuracy on the
 way, prints a table and draws both curves to `OUTPUT/compare.png`. The numbers go to `OUTPUT/compare.json`.
@@ -45,12 +45,12 @@ class Curve(TrainerCallback):
             self._measure(state, model, processing_class)
 
 
-def train(kind: str, seed: int, max_steps: int, output: Path) -> dict:
+def train(kind: str, seed: int, output: Path, **overrides) -> dict:
     """One run of the recipe with this kind of reward: `{"curve": [[step, accuracy], …], "greedy": accuracy}`."""
     options = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     model, data = options.pop("model_name_or_path"), options.pop("dataset_name")
     functions, estimator = KINDS[kind]
-    changes = {"advantage_estimator": estimator, "callbacks": None, "seed": seed, "max_steps": max_steps}
+    changes = {"advantage_estimator": estimator, "callbacks": None, "seed": seed, **overrides}
     changes |= {"output_dir": str(output / "runs"), "disable_tqdm": True}
     del options["reward_funcs"]
     args = GRPOConfig(**{**options, **changes})
@@ -87,13 +87,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["outcome", "process"])
     parser.add_argument("--max_steps", type=int, default=150)
+    parser.add_argument("--learning_rate", type=float, help="default: the recipe's")
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    overrides = {"max_steps": args.max_steps}
+    if args.learning_rate is not None:
+        overrides["learning_rate"] = args.learning_rate
     results: dict[str, dict[str, dict]] = {kind: {} for kind in args.kinds}
     for seed in args.seeds:
         for kind in args.kinds:
-            run = results[kind][str(seed)] = train(kind, seed, args.max_steps, args.output)
+            run = results[kind][str(seed)] = train(kind, seed, args.output, **overrides)
             first, last = run["curve"][0][1], run["curve"][-1][1]
             print(f"seed {seed}, {kind}: sampled {first:.3f} -> {last:.3f}, greedy {run['greedy']:.3f}", flush=True)
     (args.output / "compare.json").write_text(json.dumps(results), encoding="utf-8")

@@ -151,6 +151,38 @@ def kl_in_loss(
     return torch.where(mask, penalty, 0.0)
 
 
+def adapted_beta(beta: float, kl: float, target: float, num_completions: int, horizon: float = 10_000.0) -> float:
+    r"""
+    Coefficient of the KL after some completions, moved towards the one at which the KL is `target`:
+
+    $$ \beta\,\Big(1 + \mathrm{clip}\big(\mathrm{kl}/\mathrm{target} - 1,\ -0.2,\ 0.2\big)\cdot n/H\Big) $$
+
+    Ziegler et al., 2019, §2.2 (https://huggingface.co/papers/1909.08593).
+
+    Args:
+        beta (`float`):
+            Coefficient up to now, positive.
+        kl (`float`):
+            Measured KL, in the unit of `target`. Sampled estimates may be negative.
+        target (`float`):
+            KL to keep, in nats, positive.
+        num_completions (`int`):
+            Completions since the last update, \\(n\\).
+        horizon (`float`, *optional*, defaults to `10000.0`):
+            Completions \\(H\\) over which `beta` changes by at most a factor of about \\(e^{\pm0.2}\\).
+
+    Returns:
+        `float`: Coefficient from now on.
+
+    Example:
+
+    >>> round(adapted_beta(0.1, kl=0.2, target=0.1, num_completions=256), 6)
+    0.100512
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return beta * (1.0 + error * num_completions / horizon)
+
+
 KL_ESTIMATORS = {
     "k1": k1,
     "k2": k2,

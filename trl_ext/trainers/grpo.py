@@ -1,19 +1,23 @@
 """GRPO with selectable advantages and KL: options of TRL's own config, each `None` (TRL's own code) by default."""
 
 import inspect
+import json
 import math
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_config import GRPOConfig as _GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 
-from ..functional.kl import KL_ESTIMATORS
+from ..functional.kl import KL_ESTIMATORS, SATURATION, adapted_beta, k1, k2, k3, kl_in_loss
 from ..functional.reductions import nearly_equal, reward_at_end, weighted_mean
 from ..lookup import import_path, lookup
+from .kl import BetaTimes, check_kl, exact_kl, kl_choice, last_hidden_states, lm_head, moved
 from .step_rewards import ESTIMATORS as ADVANTAGE_ESTIMATORS
 from .step_rewards import (
     NEEDS_SIBLINGS,
@@ -27,6 +31,8 @@ from .step_rewards import (
     with_process_reward_model,
 )
 from .steps import segment
+
+_CONTROLLER_FILE = "kl_controller.json"
 
 
 class _One(int):
@@ -53,12 +59,20 @@ class GRPOConfig(_GRPOConfig):
             Two numbers, lowest and highest: range to which the weighted sum of the rewards of a completion is clipped
             before `advantage_estimator` sees it.
         kl_estimator (`str`, *optional*):
-            Estimator of KL(policy‖reference) per token: `"k1"`, `"k2"`, `"k3"`, or a dotted path to a function of
-            `(per_token_logps, ref_per_token_logps)`. `None`: TRL's own, or, with `kl_placement`, the one that is right
-            there (`"k1"` in the reward).
+            Estimator of KL(policy‖reference) per token: `"k1"`, `"k2"`, `"k3"`, `"exact"` (over the whole vocabulary),
+            or a dotted path to a function of `(per_token_logps, ref_per_token_logps)`. `None`: TRL's own, or, with
+            `kl_placement`, the one that is right there: `"k3"` in the loss, `"k1"` in the reward.
         kl_placement (`str`, *optional*):
-            `"reward"`: `beta` · KL is subtracted from the reward of every token before the advantages. `None`: TRL's
-            own, in the loss.
+            `"loss"`: `beta` · KL is added to the loss of every token, with TRL's `use_bias_correction_kl`. `"reward"`:
+            it is subtracted from the reward of every token before the advantages. `None`: TRL's own, or, with
+            `kl_estimator`, the loss.
+        kl_target (`float`, *optional*):
+            KL in nats at which an adaptive `beta` is kept. `None`: `beta` is constant.
+        kl_horizon (`float`, *optional*):
+            Completions over which the adaptive `beta` changes by at most a factor of about e^±0.2; 10,000 if unset.
+        kl_target_unit (`str`, *optional*):
+            Unit of `kl_target`: `"token"` (if unset), mean per trainable token, or `"sequence"`, mean of the
+            completions' sums.
         step_separator (`str`, *optional*, defaults to `"\n"`):
             Text that ends a step. Reward functions receive the steps as `completion_steps`.
         step_function (`str`, *optional*):
@@ -97,11 +111,26 @@ class GRPOConfig(_GRPOConfig):
     )
     kl_estimator: str | None = field(
         default=None,
-        metadata={"help": "Estimator of KL(policy||reference) per token. Default: TRL's own."},
+        metadata={
+            "help": "Estimator of KL(policy||reference) per token: 'k1', 'k2', 'k3', 'exact', or a dotted path. "
+            "Default: TRL's own."
+        },
     )
     kl_placement: str | None = field(
         default=None,
-        metadata={"help": "Where the KL penalty acts: 'reward'. Default: TRL's own, in the loss."},
+        metadata={"help": "Where the KL penalty acts: 'loss' or 'reward'. Default: TRL's own, in the loss."},
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "KL in nats at which an adaptive beta is kept. Default: beta is constant."},
+    )
+    kl_horizon: float | None = field(
+        default=None,
+        metadata={"help": "Completions over which the adaptive beta changes by at most about 20 %%. Default: 10000."},
+    )
+    kl_target_unit: str | None = field(
+        default=None,
+        metadata={"help": "Unit of kl_target: 'token' (default) or 'sequence'."},
     )
     step_separator: str = field(
         default="\n",
@@ -144,7 +173,7 @@ class GRPOConfig(_GRPOConfig):
         super().__post_init__()
         self.num_generations = num_generations
         self._check_advantages()
-        self._check_kl()
+        check_kl(self)
         check_steps(self)
         for path in self.callbacks or []:
             import_path(path)
@@ -215,30 +244,6 @@ class GRPOConfig(_GRPOConfig):
                     f"advantage_estimator={name!r}."
                 )
 
-    def _check_kl(self):
-        if self.kl_estimator is None and self.kl_placement is None:
-            if self.advantage_estimator == "reinforce_plus_plus" and self.beta != 0.0:
-                warnings.warn(
-                    "REINFORCE++ (arXiv 2501.03262, Eq. 4) puts k1 in the reward; with kl_placement unset the KL "
-                    "stays in TRL's loss.",
-                    stacklevel=4,
-                )
-            return
-        if self.beta == 0.0:
-            raise ValueError(
-                "kl_estimator/kl_placement have no effect with beta=0.0: TRL loads no reference model. Set beta > 0 "
-                "or remove them."
-            )
-        if self.beta < 0.0:
-            raise ValueError(f"beta must be positive, got {self.beta}.")
-        if self.kl_placement != "reward":
-            raise ValueError(f"kl_placement must be 'reward', got {self.kl_placement!r}.")
-        if self.advantage_estimator is None:
-            raise ValueError(
-                "kl_placement='reward' changes the advantages, so advantage_estimator must be set; 'group_relative' "
-                "is TRL's own normalisation."
-            )
-
     @property
     def _rollouts_reused(self) -> bool:
         """Whether a completion is trained on after the policy that sampled it has changed (TRL's own test)."""
@@ -249,10 +254,15 @@ class GRPOTrainer(_GRPOTrainer):
     """
     TRL's [`~trl.GRPOTrainer`] with the options of [`GRPOConfig`]. Takes the same arguments.
 
-    Logged in addition, when `advantage_estimator` is set: `advantages/mean` and `advantages/std` over the trainable
-    tokens of the scored completions of all processes, and `advantages/frac_zero_variance_groups`, the fraction of
-    prompts whose scored completions all have the same reward. With `kl_placement="reward"`: `kl`, the mean over the
-    trainable tokens of all processes of the log-ratio, sampling policy over reference, in nats.
+    Logged in addition, over the trainable tokens of all processes:
+
+    - with `advantage_estimator`: `advantages/mean` and `advantages/std` over the scored completions, and
+      `advantages/frac_zero_variance_groups`, the fraction of prompts whose scored completions all have one reward;
+    - with `kl_estimator` or `kl_placement`, in nats: `kl`, the mean of the KL in use (ratio included); `kl/k1`,
+      `kl/k2`, `kl/k3`, the same mean of each; `kl/saturated`, the fraction of tokens with a log-ratio beyond ±20;
+    - with step rewards, those of [`~trl_ext.trainers.step_rewards.step_metrics`], and `process/advantage_share`, the
+      share of the steps in the sum of all |advantages|, where outcomes are mixed in;
+    - `kl/beta` with `kl_target`, and `kl/effective_beta`, β/σ, where REINFORCE++ divides a KL in the reward by σ.
     """
 
     reward_funcs: list  # TRL's
@@ -263,6 +273,8 @@ class GRPOTrainer(_GRPOTrainer):
     _steps: Steps  # of this process
     _process: list[int] = []  # indices of the reward functions that returned step rewards
     _shown_steps: list[int] = []  # those whose step rewards are in the completions table
+    _log_prob_calls: Any = None  # (log-probs, hidden states) of the calls inside a loss or, for `exact`, a scoring
+    _kl_window: Any = 0.0  # sums since the adaptive beta last changed, see `_adapt_beta`
 
     def __init__(self, *args, **kwargs):
         given = inspect.signature(_GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
@@ -272,10 +284,21 @@ class GRPOTrainer(_GRPOTrainer):
         super().__init__(*args, **kwargs)
         for path in self._option("callbacks") or []:
             self.add_callback(import_path(path)())
+        if self._kl_choice[1] == "exact" and self.ref_model is None and self._head(None).weight.requires_grad:
+            raise ValueError(
+                "kl_estimator='exact' needs one LM head for policy and reference with PEFT, but this adapter trains "
+                "its own copy (modules_to_save). Leave the head out of it, or use 'k3'."
+            )
 
     def _option(self, name: str) -> Any:
         # TRL's plain config, or a trainer built without one, has none of our fields.
         return getattr(getattr(self, "args", None), name, None)
+
+    @property
+    def _kl_choice(self) -> tuple[str | None, Any]:
+        return kl_choice(getattr(self, "args", None))
+
+    # Scoring
 
     def _generate(self, *args, **kwargs):
         generated = super()._generate(*args, **kwargs)
@@ -286,7 +309,7 @@ class GRPOTrainer(_GRPOTrainer):
         estimator = self._option("advantage_estimator")
         lengths = [len(mask) for mask in self._tool_mask or completion_ids_list]
         if lengths != [len(ids) for ids in completion_ids_list]:
-            raise RuntimeError(_moved("_generate does not return the tool mask third"))
+            raise RuntimeError(moved("_generate does not return the tool mask third"))
         self._steps = Steps(completion_ids_list, self._tool_mask, estimator, self._cut, self._tokenizer)
         functions, names = self.reward_funcs, self.reward_func_names
         self.reward_funcs = [self._steps.wrapped(i, f, names[i]) for i, f in enumerate(functions)]
@@ -311,16 +334,33 @@ class GRPOTrainer(_GRPOTrainer):
         )
 
     def _generate_and_score_completions(self, inputs):
-        if self._option("advantage_estimator") is None:
-            return super()._generate_and_score_completions(inputs)
         self._rewards_per_func = None
-        output = super()._generate_and_score_completions(inputs)
+        exact = self._kl_choice[1] == "exact"
+        self._log_prob_calls = [] if exact else None
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            calls = self._log_prob_calls
+        finally:
+            self._log_prob_calls = None
+        if exact:
+            # TRL has just run the reference over this batch; the loss needs its hidden states, not another pass.
+            found = [hidden for logps, hidden in calls if logps is output["ref_per_token_logps"]]
+            if len(found) != 1:
+                raise RuntimeError(moved("scoring does not return the log-probs of the reference as computed"))
+            output["ref_hidden_states"] = found[0].clone()
+        if self._option("advantage_estimator") is not None:
+            self._replace_advantages(output)
+        return output
+
+    def _replace_advantages(self, output):
+        """Puts our advantages in place of TRL's: `(B,)` or `(B, T)`, local rows."""
         if self._rewards_per_func is None:
-            raise RuntimeError(_moved("_calculate_rewards is not called while scoring"))
-        mode = "train" if self.model.training else "eval"
+            raise RuntimeError(moved("_calculate_rewards is not called while scoring"))
+        mode, name = "train" if self.model.training else "eval", self.args.advantage_estimator
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         local_mask = output["completion_mask"] * output.get("tool_mask", 1)
-        local_kl = self._kl_of_sampler(output, local_mask) if self._option("kl_placement") == "reward" else None
+        beta = self.beta  # `_kl_of_sampler` may adapt it, for the next batch
+        local_kl = self._kl_of_sampler(output, local_mask) if self._kl_choice[0] == "reward" else None
 
         # Gather first, then compute: the estimators see the rows of all processes and know no ranks.
         completion_mask = self._gathered(local_mask)
@@ -328,15 +368,16 @@ class GRPOTrainer(_GRPOTrainer):
         rewards, scored = reward_at_end(returns, completion_mask)
         options = dict(self._option("advantage_kwargs") or {})
         if local_kl is not None:
-            kl_penalty = self.beta * self._gathered(local_kl)
+            kl_penalty = beta * self._gathered(local_kl)
             rewards = rewards - kl_penalty
-            if self.args.advantage_estimator in ADVANTAGE_ESTIMATORS:
+            if name in ADVANTAGE_ESTIMATORS:
                 options["kl_penalty"] = kl_penalty
         steps = self._steps_of_all(local_mask)
-        outcome, by_step = (rewards, scored), self.args.advantage_estimator in PROCESS_ESTIMATORS
+        outcome, by_step = (rewards, scored), name in PROCESS_ESTIMATORS
         if steps is not None:
             rewards, scored = (steps.rewards, steps.scored) if by_step else steps.added_to(*outcome)
-        advantages = self._advantages(rewards, scored, completion_mask, num_generations, options)
+        batch = (rewards, scored, completion_mask, num_generations)
+        advantages = self._advantages(*batch, options)
         if by_step:
             weights = self.args.process_weight, self.args.outcome_weight
             advantages, share = mixed(advantages, *outcome, completion_mask, num_generations, *weights)
@@ -351,7 +392,10 @@ class GRPOTrainer(_GRPOTrainer):
         local = advantages[start : start + rows].to(local_mask.device, torch.float32)
         output["advantages"] = local if local.dim() == 1 else local[:, :width]
         self._log_advantages(mode, advantages, returns, scored, completion_mask, num_generations)
-        return output
+        if "kl_penalty" in options and name.startswith("reinforce_plus_plus"):
+            centred = self._advantages(*batch, {**options, "norm": "center"})
+            ratio = advantages.norm() / centred.norm() if centred.any() else torch.ones(())  # 1/σ
+            self._metrics[mode]["kl/effective_beta"].append(beta * ratio.item())
 
     def _steps_of_all(self, local_mask) -> StepRewards | None:
         """The step rewards of all processes, if there are any."""
@@ -416,14 +460,10 @@ class GRPOTrainer(_GRPOTrainer):
         sampler = output.get("old_per_token_logps")
         if sampler is None:  # TRL leaves it out where it equals the policy that the loss will see first
             sampler = self._policy_logps(output)
-        trainable = mask.bool()
-        estimator = lookup(self._option("kl_estimator") or "k1", KL_ESTIMATORS)
-        logps = sampler.float().where(trainable, 0.0)
-        ref_logps = output.pop("ref_per_token_logps").float().where(trainable, 0.0)
-        per_token_kl = estimator(logps, ref_logps).where(trainable, 0.0)
-        totals = self.accelerator.reduce(torch.stack([per_token_kl.sum(), trainable.sum().float()]), reduction="sum")
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["kl"].append((totals[0] / totals[1].clamp(min=1.0)).item())
+        reference = output.pop("ref_per_token_logps")  # the loss does without
+        estimator = lookup(self._kl_choice[1], KL_ESTIMATORS)
+        per_token_kl = kl_in_loss(estimator, sampler, reference, sampler, mask, bias_correction=False)
+        self._log_kl(per_token_kl, sampler, reference, sampler, mask)
         return per_token_kl
 
     def _policy_logps(self, output) -> torch.Tensor:
@@ -440,14 +480,120 @@ class GRPOTrainer(_GRPOTrainer):
                 **{name: value for name, value in output.items() if name in taken},  # images and their like
             )[0]
 
+    # The loss
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._log_prob_calls is None:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self._kl_choice[1] != "exact":
+            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            self._log_prob_calls.append((result[0], None))
+            return result
+        with last_hidden_states(self.accelerator.unwrap_model(model)) as collected:
+            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        width = result[0].size(1)
+        # The state before a token predicts it.
+        self._log_prob_calls.append((result[0], torch.cat(collected)[:, -width - 1 : -1]))
+        return result
+
     def _compute_loss(self, model, inputs):
-        if self._option("kl_placement") != "reward":
+        placement, name = self._kl_choice
+        if placement is None:
             return super()._compute_loss(model, inputs)
-        beta, self.beta = self.beta, 0.0  # the KL acted on the rewards already
+        beta, mask = self.beta, inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        calls: Any = [] if placement == "loss" else None
+        # A KL in the reward has acted already.
+        in_loss = BetaTimes(beta if placement == "loss" else 0.0, lambda: self._kl_penalty(name, inputs, mask))
+        self.beta, self._log_prob_calls = in_loss, calls
         try:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
         finally:
-            self.beta = beta
+            self.beta, self._log_prob_calls = beta, None
+        if placement == "loss":
+            if len(in_loss.penalties) != 1 or len(calls) != 1:
+                raise RuntimeError(moved("the loss does not multiply beta by the KL per token exactly once"))
+            logps = calls[0][0].detach()
+            old = inputs.get("old_per_token_logps")
+            old = logps if old is None else old
+            self._log_kl(in_loss.penalties[0], logps, inputs["ref_per_token_logps"], old, mask)
+        return loss
+
+    def _kl_penalty(self, name, inputs, mask) -> torch.Tensor:
+        """The KL of each token as a term of the loss, `(B, T)`, with graph."""
+        logps, hidden = self._log_prob_calls[-1]
+        if name == "exact":
+            head, ref_head = self._head(None), self._head(self.ref_model)
+            with self.accelerator.autocast():
+                return exact_kl(hidden, head, inputs["ref_hidden_states"], ref_head, mask, self.temperature)
+        old = inputs.get("old_per_token_logps")
+        return kl_in_loss(
+            lookup(name, KL_ESTIMATORS),
+            logps,
+            inputs["ref_per_token_logps"],
+            logps.detach() if old is None else old,
+            mask,
+            self.args.use_bias_correction_kl,
+        )
+
+    def _head(self, model):
+        """The LM head of a reference, or, with PEFT and by default, of the policy."""
+        return lm_head(self.accelerator.unwrap_model(self.model if model is None else model))
+
+    # The adaptive beta, and logging
+
+    def _adapt_beta(self, sums):
+        """
+        Moves `beta` once per optimizer step, or per generation batch with the KL in the reward.
+
+        Args:
+            sums (`torch.Tensor` of shape `(4,)`):
+                Of all processes: KL, trainable tokens, completions that have any, completions.
+        """
+        self._kl_window = self._kl_window + sums
+        if self._kl_choice[0] == "loss" and not self.accelerator.sync_gradients:
+            return  # beta is constant inside an accumulation window
+        (kl, tokens, sequences, completions), self._kl_window = self._kl_window.tolist(), 0.0
+        count = sequences if self.args.kl_target_unit == "sequence" else tokens
+        if count:
+            horizon = {"horizon": self.args.kl_horizon} if self.args.kl_horizon else {}
+            self.beta = adapted_beta(self.beta, kl / count, self.args.kl_target, completions, **horizon)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self._option("kl_target") is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / _CONTROLLER_FILE).write_text(json.dumps({"beta": self.beta}))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._option("kl_target") is not None and checkpoint is not None:
+            path = Path(checkpoint, _CONTROLLER_FILE)
+            if path.exists():
+                self.beta = json.loads(path.read_text())["beta"]
+            else:
+                warnings.warn(f"{checkpoint} holds no adaptive beta; it starts at {self.beta}.", stacklevel=2)
+
+    def _log_kl(self, per_token_kl, logps, ref_logps, old_logps, mask):
+        mode, trainable = "train" if self.model.training else "eval", mask.bool()
+        logps, ref_logps, old_logps = (x.float().where(trainable, 0.0) for x in (logps, ref_logps, old_logps))
+        weight = (logps - old_logps).clamp(-SATURATION, SATURATION).exp()
+        means = {
+            "kl": per_token_kl.detach(),
+            **{f"kl/{k.__name__}": weight * k(logps, ref_logps) for k in (k1, k2, k3)},
+            "kl/saturated": ((logps - ref_logps).abs() > SATURATION).float(),
+        }
+        counts = [trainable.sum(), trainable.any(1).sum(), mask.new_tensor(len(mask))]
+        local = torch.stack([x.sum().float() for x in (*means.values(), *counts)])
+        sums = self.accelerator.reduce(local, reduction="sum")
+        metrics = self._metrics[mode]
+        if self._kl_choice[0] == "loss":
+            metrics["kl"].pop()  # TRL's own k3
+        for name, total in zip(means, sums.tolist(), strict=False):
+            metrics[name].append(total / max(sums[-3].item(), 1.0))
+        if self._option("kl_target") is not None:
+            metrics["kl/beta"].append(self.beta)
+            if mode == "train":
+                self._adapt_beta(torch.stack([sums[0], *sums[-3:]]))
 
     def _log_advantages(self, mode, advantages, returns, scored, completion_mask, num_generations):
         # TRL has logged its own advantages for these rows; the completions table shows one number per row.
@@ -468,12 +614,3 @@ class GRPOTrainer(_GRPOTrainer):
             groups = returns.view(-1, num_generations)
             equal = nearly_equal(groups.nan_to_num(), ~groups.isnan(), dim=1)
             metrics["advantages/frac_zero_variance_groups"].append(equal.double().mean().item())
-
-
-def _moved(what: str) -> str:
-    import trl
-
-    return (
-        f"TRL {trl.__version__} is not laid out as trl_ext expects: {what}. Install a TRL version that trl_ext was "
-        "tested with (see constraints.txt), or report this."
-    )
