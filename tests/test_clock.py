@@ -1,5 +1,6 @@
 """The clock task: its rules by hand-written examples, and the shipped tokenizer, model and data."""
 
+import json
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.clock import accuracy as accuracy_module
+from recipes.clock import compare
 from recipes.clock.accuracy import accuracy, draw_curves, read_rows
 from recipes.clock.task import (
     Problem,
@@ -16,6 +18,7 @@ from recipes.clock.task import (
     flawed_values,
     outcome_reward,
     parse_prompt,
+    process_reward,
     random_problem,
     step_rewards,
     write_answer,
@@ -156,6 +159,22 @@ def test_a_step_is_judged_by_the_written_value_before_it(completion, rewards):
     assert step_rewards(completion, PROMPT) == rewards
 
 
+@pytest.mark.parametrize(
+    ("steps", "rewards"),
+    [
+        (["a4+3=8\n", "b8-5=3\n", "#3"], [0, 1, 1]),
+        (["a4+3=7\n\n", "\nb7-5=2\n", "#2\n"], [1, 1, 1]),  # empty lines are no steps
+        (["a4+3=7\nb7-5=2\n", "#2"], [0, 0]),  # two lines are not one
+        (["a4+3=7\n", "b7-"], [1, 0]),
+        ([""], [0]),
+        ([], []),
+    ],
+)
+def test_the_process_reward_judges_steps_as_lines(steps, rewards):
+    assert process_reward([chat("user", PROMPT)], [None], [steps], completion_ids=[[0]]) == [rewards]
+    assert process_reward([PROMPT] * 2, [None] * 2, [steps, ["#2"]]) == [rewards, [0]]
+
+
 # Shipped tokenizer, model and data
 
 
@@ -220,6 +239,36 @@ def test_the_base_is_right_sometimes_and_measuring_it_leaves_no_trace(model, tok
     assert torch.equal(torch.get_rng_state(), random_state)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.generation_config.to_dict() == generation_config
+
+
+def test_the_hard_base_is_rarely_right_and_its_data_are_right():
+    hard = FOLDER / "hard"
+    parts = {name: read_rows(hard / "data" / f"{name}.jsonl") for name in ("train", "test")}
+    prompts = [row["prompt"][0]["content"] for rows in parts.values() for row in rows]
+    assert len(parts["train"]) == 2000 and len(parts["test"]) == 200 and len(set(prompts)) == 2200
+    assert [row["answer"] for rows in parts.values() for row in rows] == [
+        str(correct_values(parse_prompt(text))[-1]) for text in prompts
+    ]
+    assert {len(parse_prompt(text).moves) for text in prompts} == {8}
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(hard / "model"),
+        AutoTokenizer.from_pretrained(hard / "model"),
+    )
+    assert model.num_parameters() == 86_528
+    assert 0.05 < accuracy(model, tokenizer, parts["test"], do_sample=True) < 0.20
+
+
+def test_the_comparison_runs_and_draws(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(FOLDER.parent.parent)
+    options = ["--seeds", "0", "--max_steps", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["compare", *options])
+    compare.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("seed 0, ")]
+    assert [line.split(":")[0] for line in lines] == ["seed 0, outcome", "seed 0, process"]
+    results = json.loads((tmp_path / "compare.json").read_text())
+    assert results["process"]["0"]["curve"][0] == results["outcome"]["0"]["curve"][0]
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_curves_are_drawn_also_where_a_quantity_was_not_logged(tmp_path):

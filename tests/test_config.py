@@ -8,8 +8,8 @@ import pytest
 from trl_ext.trainers.grpo import GRPOConfig
 
 NAMES = (
-    "['group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'reinforce', 'reinforce_plus_plus', "
-    "'reinforce_plus_plus_baseline']"
+    "['group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'process_group_relative', 'reinforce', "
+    "'reinforce_plus_plus', 'reinforce_plus_plus_baseline']"
 )
 
 
@@ -114,6 +114,58 @@ NOT_CALLABLE = 3
             {"advantage_estimator": "reinforce", "off_policy_mask_threshold": 0.5},
             "off_policy_mask_threshold reads the sign of one advantage per completion and is not available with "
             "advantage_estimator='reinforce'.",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "importance_sampling_level": "sequence"},
+            "advantage_estimator='process_group_relative' gives one advantage per token, but importance_sampling_",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "loss_type": "vespo"},
+            "loss_type='vespo' reads the sign of one advantage per completion and is not available with "
+            "advantage_estimator='process_group_relative'.",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "off_policy_mask_threshold": 0.5},
+            "off_policy_mask_threshold reads the sign of one advantage per completion",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "num_generations": 1},
+            "advantage_estimator='process_group_relative' compares completions of one prompt and needs",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "kl_placement": "reward", "beta": 0.1},
+            "'process_group_relative' normalises step rewards, and a KL penalty belongs to no step. Use "
+            "kl_placement='loss'.",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "advantage_kwargs": {"credit": "max"}},
+            "credit must be 'sum', 'mean', 'min' or 'softmin', got 'max'.",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "advantage_kwargs": {"gamma": 1.0}},
+            "advantage_kwargs has no 'gamma' for 'process_group_relative'; it takes ['credit', 'temperature'].",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "step_separator": ""},
+            "step_separator must be a text of at least one character, got ''.",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "step_function": "test_config.no_such_function"},
+            "'test_config.no_such_function' cannot be imported: module 'test_config' has no 'no_such_function'.",
+        ),
+        (
+            {"advantage_estimator": "reinforce", "step_function": "test_config.config", "step_separator": "."},
+            "step_function finds the steps by itself, so step_separator is not read. Remove one.",
+        ),
+        ({"step_separator": "."}, "step_separator is read only with advantage_estimator; set that too, or remove it."),
+        ({"process_weight": 0.5}, "process_weight is read only with advantage_estimator='process_group_relative'."),
+        (
+            {"advantage_estimator": "group_mean", "outcome_weight": 0},
+            "outcome_weight is read only with advantage_estimator='process_group_relative'.",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "outcome_weight": None},
+            "outcome_weight must be a number, got None. Use 0 to leave a source out.",
         ),
         (
             {"advantage_estimator": "group_mean", "kl_placement": "reward"},

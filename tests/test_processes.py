@@ -40,15 +40,10 @@ def test_two_processes_equal_one(one_and_two, case):
             torch.testing.assert_close(weight, one["weights"][name], atol=1e-5, rtol=0, msg=name)
     assert two[0]["table"] == pytest.approx(one["table"], abs=1e-6)
     for ours, theirs in zip(two[0]["log"], one["log"], strict=True):
-        for name in (
-            "reward",
-            "advantages/mean",
-            "advantages/std",
-            "advantages/frac_zero_variance_groups",
-            "kl",
-            "kl/k3",
-            "kl/beta",
-        ):
+        assert ours.keys() == theirs.keys()
+        names = {"reward", "advantages/mean", "advantages/std", "advantages/frac_zero_variance_groups"}
+        names |= {"kl", "kl/k3", "kl/beta", *(name for name in ours if name.startswith("process/"))}
+        for name in names:
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-6), name
 
 
@@ -56,3 +51,18 @@ def test_lengths_differ_between_the_processes(one_and_two):
     widths = [result["reinforce"]["advantages"][0].size(1) for result in one_and_two[1]]
     widths += [result["reinforce"]["advantages"][1].size(1) for result in one_and_two[1]]
     assert len(set(widths)) > 1, "otherwise the padding across processes is not tested"
+
+
+def test_the_completions_have_several_steps_and_advantages(one_and_two):
+    for name in ("step rewards", "step and outcome rewards", "step rewards, softmin"):
+        result = one_and_two[0][name]
+        assert result["log"][0]["process/steps_max"] > 1
+        assert all(advantages.any() for advantages in result["advantages"]), name
+
+
+def test_what_is_wrong_on_one_process_is_raised_on_all(one_and_two):
+    errors = [result["refused"] for result in one_and_two[1]]
+    assert errors[0] == errors[1]
+    assert "'one_too_many' returned" in errors[0]["one_too_many"]
+    assert "for completion 1, which has" in errors[0]["one_too_many"]
+    assert "'lists_on_one_process' returned both numbers and lists." in errors[0]["lists_on_one_process"]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tiny import build, logged, scripted_rollout, weights
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
@@ -21,6 +22,28 @@ def some_fail(completions, completion_ids, **kwargs):
     return [None if sum(ids) % 5 == 0 else (sum(ids) % 7) / 7 for ids in completion_ids]
 
 
+def by_step(completion_ids, completion_steps, completion_step_ends, **kwargs):
+    """One reward per step, of its text and last token alone; some steps and some completions are not scored."""
+    rewards = []
+    for ids, steps, ends in zip(completion_ids, completion_steps, completion_step_ends, strict=True):
+        row = [(3 * len(step) + ids[end]) % 7 / 7 for step, end in zip(steps, ends, strict=True)]
+        rewards.append(None if sum(ids) % 5 == 1 else [None if value > 0.8 else value for value in row])
+    return rewards
+
+
+def one_too_many(completion_steps, **kwargs):
+    """Wrong on the last process only, from its second completion on."""
+    state = PartialState()
+    extra = state.process_index == state.num_processes - 1
+    return [[0.0] * (len(steps) + (extra and i > 0)) for i, steps in enumerate(completion_steps)]
+
+
+def lists_on_one_process(completion_steps, **kwargs):
+    first = PartialState().is_main_process
+    return [[0.0] * len(steps) if first else 0.0 for steps in completion_steps]
+
+
+STEPS = {"advantage_estimator": "process_group_relative", "step_separator": "b"}
 CASES = {name: {"advantage_estimator": name} for name in ADVANTAGE_ESTIMATORS}
 CASES |= {
     f"{name}, KL in the reward": {"advantage_estimator": name, "kl_placement": "reward", "beta": 0.1}
@@ -38,6 +61,14 @@ CASES |= {
         "advantage_kwargs": {"weighting": "sequence", "correction": 1},
     },
 }
+CASES |= {
+    "step rewards": {**STEPS, "reward_funcs": by_step},
+    "step rewards of a group across processes": {**STEPS, "reward_funcs": by_step, "num_generations": 8},
+    "step rewards, softmin": {**STEPS, "reward_funcs": by_step, "advantage_kwargs": {"credit": "softmin"}},
+    "step and outcome rewards": {**STEPS, "reward_funcs": [by_step, some_fail], "process_weight": 0.5},
+    "step rewards in REINFORCE++": {**STEPS, "reward_funcs": by_step, "advantage_estimator": "reinforce_plus_plus"},
+}
+REFUSED = [one_too_many, lists_on_one_process]
 
 
 class Recorder(GRPOTrainer):
@@ -59,9 +90,8 @@ def run(model: str, folder: Path, world_size: int) -> dict:
             max_steps=4,
             optim="sgd",
             learning_rate=0.1,
-            reward_funcs=some_fail,
             rollout_func=scripted_rollout,
-            **options,
+            **{"reward_funcs": some_fail, **options},
         )
         assert trainer.accelerator.num_processes == world_size
         trainer.train()
@@ -74,8 +104,22 @@ def run(model: str, folder: Path, world_size: int) -> dict:
     return results
 
 
+def refused(model: str, folder: Path, world_size: int) -> dict:
+    """What each process is told of functions that go wrong on one of them."""
+    errors = {}
+    for function in REFUSED:
+        batch = BATCH // world_size
+        options = {"per_device_train_batch_size": batch, "rollout_func": scripted_rollout, **STEPS}
+        trainer = build(GRPOTrainer, GRPOConfig, model, folder, reward_funcs=function, **options)
+        try:
+            trainer.train()
+        except ValueError as error:
+            errors[function.__name__] = str(error)
+    return errors
+
+
 if __name__ == "__main__":
     model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    results = run(model, folder, world_size)
+    results = {**run(model, folder, world_size), "refused": refused(model, folder, world_size)}
     torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
     torch.distributed.destroy_process_group()

@@ -14,14 +14,25 @@ _PUBLIC = {
     "DPOTrainer": "trl_ext.trainers.dpo",
     "GRPOConfig": "trl_ext.trainers.grpo",
     "GRPOTrainer": "trl_ext.trainers.grpo",
+    "ProcessRewardModel": "trl_ext.rewards",
     "register": "trl_ext.registration",
     "unregister": "trl_ext.registration",
 }
-__all__ = ["DPOConfig", "DPOTrainer", "GRPOConfig", "GRPOTrainer", "__version__", "register", "unregister"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "ProcessRewardModel",
+    "__version__",
+    "register",
+    "unregister",
+]
 
 if TYPE_CHECKING:
     from .registration import register as register
     from .registration import unregister as unregister
+    from .rewards import ProcessRewardModel as ProcessRewardModel
     from .trainers.dpo import DPOConfig as DPOConfig
     from .trainers.dpo import DPOTrainer as DPOTrainer
     from .trainers.grpo import GRPOConfig as GRPOConfig

@@ -13,6 +13,7 @@ from typing import Any
 
 # First parameters of what we override, call or replace.
 PARAMETERS = {
+    "trl.trainer.grpo_trainer.GRPOTrainer._generate": ("self", "prompts"),
     "trl.trainer.grpo_trainer.GRPOTrainer._calculate_rewards": (
         "self", "inputs", "prompts", "completions", "completion_ids_list",
     ),

@@ -115,6 +115,8 @@ class AccuracyReport(TrainerCallback):
     takes the course it would take without the callback.
     """
 
+    test_file = TEST_FILE
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.before = self._measure(**kwargs)
 
@@ -132,8 +134,14 @@ class AccuracyReport(TrainerCallback):
 
     def _measure(self, model, processing_class, **kwargs) -> tuple[float, float]:
         """Greedy and sampled accuracy on the held-out prompts."""
-        self.rows = read_rows()
+        self.rows = read_rows(self.test_file)
         return tuple(accuracy(model, processing_class, self.rows, do_sample) for do_sample in (False, True))
+
+
+class HardAccuracyReport(AccuracyReport):
+    """As [`AccuracyReport`], on the held-out prompts of the hard base's data."""
+
+    test_file = Path(__file__).parent / "hard" / "data" / "test.jsonl"
 
 
 def main() -> None:

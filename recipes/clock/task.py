@@ -172,10 +172,43 @@ def step_rewards(completion_text: str, prompt_text: str) -> list[float]:
     >>> step_rewards("a4+3=8\nb8-5=3\n#3", "4 a+3 b-5:")
     [0.0, 1.0, 1.0]
     """
-    value, moves = parse_prompt(prompt_text)
     lines = completion_text.split("\n")
     if lines[-1] == "":
         lines.pop()
+    return _line_rewards(lines, parse_prompt(prompt_text))
+
+
+def process_reward(prompts: list, completions: list, completion_steps: list[list[str]], **kwargs) -> list[list[float]]:
+    r"""
+    One number per step: 1.0 if the line is right given the lines before it, else 0.0, as in [`step_rewards`].
+
+    A step is a line with the line breaks around it, so empty lines, which are no steps, are forgiven.
+
+    Args:
+        prompts (`list`):
+            Prompts, plain strings or conversations, each with a clock problem in its (last) text.
+        completions (`list`):
+            Completions, ignored: their text is that of their steps.
+        completion_steps (`list[list[str]]`):
+            Text of the steps of each completion, aligned with `prompts`.
+        kwargs:
+            Further columns of the data, ignored.
+
+    Returns:
+        `list[list[float]]`: Rewards of the steps of each completion.
+
+    Example:
+
+    >>> process_reward(["4 a+3 b-5:"], [...], [["a4+3=8\n", "b8-5=3\n", "#3"]])
+    [[0.0, 1.0, 1.0]]
+    """
+    problems = [parse_prompt(last_text(prompt)) for prompt in prompts]
+    lines = [[step.strip("\n") for step in steps] for steps in completion_steps]
+    return [_line_rewards(*pair) for pair in zip(lines, problems, strict=True)]
+
+
+def _line_rewards(lines: list[str], problem: Problem) -> list[float]:
+    value, moves = problem
     rewards = []
     for i, line in enumerate(lines):
         if i < len(moves):

@@ -14,13 +14,25 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_config import GRPOConfig as _GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 
-from ..functional.advantages import ADVANTAGE_ESTIMATORS, NEEDS_SIBLINGS, PER_TOKEN
 from ..functional.kl import KL_ESTIMATORS, SATURATION, adapted_beta, k1, k2, k3, kl_in_loss
 from ..functional.reductions import nearly_equal, reward_at_end, weighted_mean
 from ..lookup import import_path, lookup
 from ..seams import moved
 from .kl import BetaTimes, check_kl, exact_kl, kl_choice, last_hidden_states, lm_head
 from .model_card import describing_options
+from .step_rewards import ESTIMATORS as ADVANTAGE_ESTIMATORS
+from .step_rewards import (
+    NEEDS_SIBLINGS,
+    PER_TOKEN,
+    PROCESS_ESTIMATORS,
+    StepRewards,
+    Steps,
+    check_steps,
+    mixed,
+    step_metrics,
+    with_process_reward_model,
+)
+from .steps import segment
 
 _CONTROLLER_FILE = "kl_controller.json"
 
@@ -41,8 +53,8 @@ class GRPOConfig(_GRPOConfig):
         advantage_estimator (`str`, *optional*):
             How rewards become advantages: an entry of `trl_ext.functional.advantages.ADVANTAGE_ESTIMATORS`
             (`"group_relative"`, `"group_mean"`, `"leave_one_out"`, `"length_weighted"`, `"reinforce"`,
-            `"reinforce_plus_plus"`, `"reinforce_plus_plus_baseline"`), or a dotted path to a function of `(rewards,
-            scored, completion_mask, num_generations)`. `None`: TRL's own.
+            `"reinforce_plus_plus"`, `"reinforce_plus_plus_baseline"`), `"process_group_relative"` for step rewards, or
+            a dotted path to a function of `(rewards, scored, completion_mask, num_generations)`. `None`: TRL's own.
         advantage_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments of the estimator, such as `{"weighting": "sequence"}`.
         reward_clip_range (`list[float]`, *optional*):
@@ -63,18 +75,29 @@ class GRPOConfig(_GRPOConfig):
         kl_target_unit (`str`, *optional*):
             Unit of `kl_target`: `"token"` (if unset), mean per trainable token, or `"sequence"`, mean of the
             completions' sums.
+        step_separator (`str`, *optional*, defaults to `"\n"`):
+            Text that ends a step. Reward functions receive the steps as `completion_steps`.
+        step_function (`str`, *optional*):
+            Dotted path of a function of `(token_ids, tokenizer)` that returns the indices of the last token of each
+            step, used instead of `step_separator`.
+        process_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the advantages from step rewards with `"process_group_relative"`.
+        outcome_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the advantages from rewards of whole completions there. Both are normalised separately.
+        process_reward_model (`str` or `dict[str, Any]`, *optional*):
+            Options of [`~trl_ext.rewards.ProcessRewardModel`], to be added to the reward functions.
         callbacks (`list[str]`, *optional*):
             Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer.
     """
 
-    _VALID_DICT_FIELDS = [*_GRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs"]
+    _VALID_DICT_FIELDS = [*_GRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model"]
 
     advantage_estimator: str | None = field(
         default=None,
         metadata={
             "help": "How rewards become advantages: 'group_relative', 'group_mean', 'leave_one_out', "
-            "'length_weighted', 'reinforce', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline', or a dotted path. "
-            "Default: TRL's own."
+            "'length_weighted', 'reinforce', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline', "
+            "'process_group_relative', or a dotted path. Default: TRL's own."
         },
     )
     advantage_kwargs: dict | str | None = field(
@@ -111,6 +134,29 @@ class GRPOConfig(_GRPOConfig):
         default=None,
         metadata={"help": "Unit of kl_target: 'token' (default) or 'sequence'."},
     )
+    step_separator: str = field(
+        default="\n",
+        metadata={"help": "Text that ends a step of a completion, for rewards of steps. Default: a line break."},
+    )
+    step_function: str | None = field(
+        default=None,
+        metadata={"help": "Dotted path of a function that finds the last token of each step, instead of a separator."},
+    )
+    process_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the advantages from step rewards in 'process_group_relative'."},
+    )
+    outcome_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the advantages from outcome rewards in 'process_group_relative'."},
+    )
+    process_reward_model: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "A process-reward model to add to the reward functions, such as "
+            '\'{"model": "Qwen/Qwen2.5-Math-PRM-7B", "kind": "marker"}\'.'
+        },
+    )
     callbacks: list[str] | None = field(
         default=None,
         metadata={"help": "Dotted paths of TrainerCallback classes to add to the trainer."},
@@ -130,6 +176,7 @@ class GRPOConfig(_GRPOConfig):
         self.num_generations = num_generations
         self._check_advantages()
         check_kl(self)
+        check_steps(self)
         for path in self.callbacks or []:
             import_path(path)
 
@@ -215,15 +262,27 @@ class GRPOTrainer(_GRPOTrainer):
       `advantages/frac_zero_variance_groups`, the fraction of prompts whose scored completions all have one reward;
     - with `kl_estimator` or `kl_placement`, in nats: `kl`, the mean of the KL in use (ratio included); `kl/k1`,
       `kl/k2`, `kl/k3`, the same mean of each; `kl/saturated`, the fraction of tokens with a log-ratio beyond ±20;
+    - with step rewards, those of [`~trl_ext.trainers.step_rewards.step_metrics`], and `process/advantage_share`, the
+      share of the steps in the sum of all |advantages|, where outcomes are mixed in;
     - `kl/beta` with `kl_target`, and `kl/effective_beta`, β/σ, where REINFORCE++ divides a KL in the reward by σ.
     """
 
+    reward_funcs: list  # TRL's
     beta: float  # TRL's: loads the reference, computes its log-probs, and weights the KL in the loss
-    _rewards_per_func: torch.Tensor | None = None  # (N, functions), all processes, of the batch being scored
+    # Of the batch being scored
+    _rewards_per_func: torch.Tensor | None = None  # (N, functions), all processes; NaN for process functions
+    _tool_mask: list[list[int]] | None = None  # of this process: 0 for tokens of tools
+    _steps: Steps  # of this process
+    _process: list[int] = []  # indices of the reward functions that returned step rewards
+    _shown_steps: list[int] = []  # those whose step rewards are in the completions table
     _log_prob_calls: Any = None  # (log-probs, hidden states) of the calls inside a loss or, for `exact`, a scoring
     _kl_window: Any = 0.0  # sums since the adaptive beta last changed, see `_adapt_beta`
 
     def __init__(self, *args, **kwargs):
+        given = inspect.signature(_GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        if getattr(given.get("args"), "process_reward_model", None) is not None:
+            del given["self"]
+            args, kwargs = (), with_process_reward_model(given)
         super().__init__(*args, **kwargs)
         for path in self._option("callbacks") or []:
             self.add_callback(import_path(path)())
@@ -243,10 +302,38 @@ class GRPOTrainer(_GRPOTrainer):
 
     # Scoring
 
+    def _generate(self, *args, **kwargs):
+        generated = super()._generate(*args, **kwargs)
+        self._tool_mask = generated[2]
+        return generated
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._rewards_per_func = rewards_per_func
+        estimator = self._option("advantage_estimator")
+        lengths = [len(mask) for mask in self._tool_mask or completion_ids_list]
+        if lengths != [len(ids) for ids in completion_ids_list]:
+            raise moved("_generate does not return the tool mask third")
+        self._steps = Steps(completion_ids_list, self._tool_mask, estimator, self._cut, self._tokenizer)
+        functions, names = self.reward_funcs, self.reward_func_names
+        self.reward_funcs = [self._steps.wrapped(i, f, names[i]) for i, f in enumerate(functions)]
+        try:
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_funcs = functions
+        self._process = self._steps.agree(names)
+        self._shown_steps = sorted({*self._shown_steps, *self._process})
+        for index in self._shown_steps:  # also in a batch without any, or the table would keep those of the last one
+            self._log_completion_extra(f"{names[index]}/steps", self._steps.of(index))
+        self._rewards_per_func = rewards_per_func.clone()
+        self._rewards_per_func[:, self._process] = torch.nan
         return rewards_per_func
+
+    def _cut(self, token_ids, trainable):
+        """The steps of one completion, with the options of the config."""
+        step_function = self._option("step_function")
+        separator = self._option("step_separator") or "\n"
+        return segment(
+            token_ids, trainable, self._tokenizer, separator, import_path(step_function) if step_function else None
+        )
 
     def _generate_and_score_completions(self, inputs):
         self._rewards_per_func = None
@@ -287,8 +374,20 @@ class GRPOTrainer(_GRPOTrainer):
             rewards = rewards - kl_penalty
             if name in ADVANTAGE_ESTIMATORS:
                 options["kl_penalty"] = kl_penalty
+        steps = self._steps_of_all(local_mask)
+        outcome, by_step = (rewards, scored), name in PROCESS_ESTIMATORS
+        if steps is not None:
+            rewards, scored = (steps.rewards, steps.scored) if by_step else steps.added_to(*outcome)
         batch = (rewards, scored, completion_mask, num_generations)
         advantages = self._advantages(*batch, options)
+        if by_step:
+            weights = self.args.process_weight, self.args.outcome_weight
+            advantages, share = mixed(advantages, *outcome, completion_mask, num_generations, *weights)
+            self._metrics[mode]["process/advantage_share"].append(share)
+            scored = scored | outcome[1]
+        if steps is not None:
+            for metric, value in step_metrics(steps, advantages, completion_mask, num_generations).items():
+                self._metrics[mode][metric].append(value)
 
         rows, width = output["completion_ids"].shape
         start = self.accelerator.process_index * rows
@@ -299,6 +398,21 @@ class GRPOTrainer(_GRPOTrainer):
             centred = self._advantages(*batch, {**options, "norm": "center"})
             ratio = advantages.norm() / centred.norm() if centred.any() else torch.ones(())  # 1/σ
             self._metrics[mode]["kl/effective_beta"].append(beta * ratio.item())
+
+    def _steps_of_all(self, local_mask) -> StepRewards | None:
+        """The step rewards of all processes, if there are any."""
+        if not self._process and self.args.advantage_estimator not in PROCESS_ESTIMATORS:
+            return None
+        if self.args.reward_clip_range is not None and len(self._process) == len(self.reward_func_names):
+            raise ValueError(
+                "reward_clip_range clips the reward of a completion, but every reward function returned step rewards. "
+                "Remove it."
+            )
+        rewards, marks = self._steps.token_rewards(self._process, self.reward_weights, local_mask.size(1))
+        device = local_mask.device
+        rewards = self._gathered(rewards.to(device, torch.float32 if device.type == "mps" else torch.float64))
+        marks = self._gathered(marks.to(device))
+        return StepRewards(rewards.double(), marks == 2, marks > 0)
 
     def _gathered(self, local: torch.Tensor) -> torch.Tensor:
         """`(B, T_local)` of this process to `(N, T)` of all, padded with 0, where the statistics are taken."""
@@ -498,7 +612,7 @@ class GRPOTrainer(_GRPOTrainer):
         metrics = self._metrics[mode]
         metrics["advantages/mean"].append(mean.item())
         metrics["advantages/std"].append(math.sqrt(weighted_mean((per_token - mean).square(), weights).item()))
-        if num_generations > 1:
+        if num_generations > 1 and len(self._process) < len(self.reward_func_names):
             groups = returns.view(-1, num_generations)
             equal = nearly_equal(groups.nan_to_num(), ~groups.isnan(), dim=1)
             metrics["advantages/frac_zero_variance_groups"].append(equal.double().mean().item())

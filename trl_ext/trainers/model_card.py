@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
+
 from .. import __version__
 from ..functional.preference_losses import MARGIN_LOSSES
 
@@ -37,14 +39,15 @@ def describing_options(trainer: Any) -> Iterator[None]:
 
 def _options(args: Any) -> dict[str, Any]:
     """The options of ours that change the training, as they are set."""
-    names: dict[str, set[str]] = {"trl": set(), "trl_ext": set()}
+    defaults: dict[str, dict[str, Any]] = {"trl": {}, "trl_ext": {}}
     for config in type(args).__mro__:
-        if (package := config.__module__.partition(".")[0]) in names:
-            names[package] |= {field.name for field in fields(config)}
-    ours = names["trl_ext"] - names["trl"] - {"callbacks"}
-    # A field of TRL's that may hold names of ours.
-    ours |= {"loss_type"} if any(("loss_type", entry) in _METHODS for entry in _entries(args.loss_type)) else set()
-    return {name: getattr(args, name) for name in sorted(ours) if getattr(args, name) is not None}
+        if (package := config.__module__.partition(".")[0]) in defaults:
+            defaults[package] |= {field.name: field.default for field in fields(config)}
+    ours = defaults["trl_ext"].keys() - defaults["trl"].keys() - {"callbacks"}
+    changed = {name for name in ours if getattr(args, name) != defaults["trl_ext"][name]}
+    if any(("loss_type", entry) in _METHODS for entry in _entries(args.loss_type)):
+        changed.add("loss_type")  # a field of TRL's that holds names of ours
+    return {name: getattr(args, name) for name in sorted(changed)}
 
 
 def _entries(value: Any) -> list[str]:
@@ -180,6 +183,7 @@ _METHODS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("advantage_estimator", "reinforce"): ("REINFORCE", _REINFORCE),
     ("advantage_estimator", "reinforce_plus_plus"): ("REINFORCE++", _REINFORCE_PLUS_PLUS),
     ("advantage_estimator", "reinforce_plus_plus_baseline"): ("REINFORCE++ with baseline", _REINFORCE_PLUS_PLUS),
+    ("advantage_estimator", "process_group_relative"): ("GRPO with process rewards", _GRPOTrainer._paper),
     **{("loss_type", f"psipo{psi}"): ("ΨPO", _PSIPO) for psi in ("", "_logit")},
     ("loss_type", "psipo_identity"): ("IPO", _PSIPO),
     **{("loss_type", f"gpo_{name}"): ("GPO", _GPO) for name in MARGIN_LOSSES},

@@ -1,0 +1,149 @@
+"""
+Reasoning steps of sampled completions: where they end and what they say.
+
+Positions are exact on the sampled token ids. Text is never encoded again: a policy samples `a`, `b` where its
+tokenizer writes `ab`, so positions from a second tokenisation drift. Only decoding is used.
+"""
+
+import bisect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+
+def _decode(tokenizer, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+    return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+def separator_ends(token_ids: list[int], tokenizer, separator: str) -> list[int]:
+    """
+    Index of the token in which each occurrence of `separator` is completed.
+
+    That is the smallest k for which the text of the first k + 1 tokens starts with the whole text up to the end of the
+    occurrence. A prefix that stops inside a multi-byte character has a text of its own, so the search goes over the
+    prefixes whose text begins the whole text and scans only between two of these.
+
+    Args:
+        token_ids (`list[int]`):
+            Sampled tokens of one turn.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        separator (`str`):
+            Text that ends a step.
+
+    Returns:
+        `list[int]`: Increasing token indices; occurrences that end in one token count once.
+    """
+    text, prefixes = _decode(tokenizer, token_ids), {-1: ""}
+
+    def prefix(k: int) -> str:
+        if k not in prefixes:
+            prefixes[k] = _decode(tokenizer, token_ids[: k + 1])
+        return prefixes[k]
+
+    def whole(k: int) -> int:
+        """The last prefix up to k that stops between characters."""
+        return next(j for j in range(k, -2, -1) if text.startswith(prefix(j)))
+
+    # The lengths of the tokens' own texts tell where to look; they need not add up, so the prefixes decide.
+    own_length = {token: len(_decode(tokenizer, [token])) for token in set(token_ids)}
+    length_to = [0, *itertools.accumulate(own_length[token] for token in token_ids)]
+
+    def search(boundary: int, previous: int) -> int:
+        wanted = length_to[previous + 1] + boundary - len(prefix(previous))
+        guess = min(max(bisect.bisect_left(length_to, wanted) - 1, previous + 1, 0), len(token_ids) - 1)
+        is_reached = prefix(guess).startswith(text[:boundary])
+        if is_reached and whole(guess - 1) == guess - 1 and len(prefix(guess - 1)) < boundary:
+            return guess
+        places = range(len(token_ids))
+        past = bisect.bisect_left(places, True, key=lambda k: len(prefix(whole(k))) >= boundary)
+        return next(k for k in places[whole(past - 1) + 1 :] if prefix(k).startswith(text[:boundary]))
+
+    ends: list[int] = []
+    start = text.find(separator)
+    while start >= 0:
+        boundary = start + len(separator)
+        end = search(boundary, ends[-1] if ends else -1)
+        if not ends or end > ends[-1]:
+            ends.append(end)
+        start = text.find(separator, boundary)
+    return ends
+
+
+def segment(
+    token_ids: list[int],
+    trainable: list[int] | None,
+    tokenizer,
+    separator: str = "\n",
+    step_function: Callable[[list[int], Any], list[int]] | None = None,
+) -> list[list[int]]:
+    """
+    The steps of one completion, each as the positions of its tokens.
+
+    Every maximal run of trainable tokens (a turn) is cut for itself: tool output is never part of a step, and the end
+    of a turn is the end of a step. No step is empty: a piece of separators, white space and special tokens alone
+    belongs to the step before it, at the start of a turn to the one after it; a turn of nothing else is one step.
+
+    Args:
+        token_ids (`list[int]`):
+            Sampled tokens of the completion, tool output included.
+        trainable (`list[int]` or `None`):
+            1 for tokens of the policy, 0 for those of tools; `None` if all are the policy's.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        separator (`str`, *optional*, defaults to `"\\n"`):
+            Text that ends a step. A token that goes beyond it belongs to the step it starts in.
+        step_function (`Callable`, *optional*):
+            Used instead of `separator`: `(token_ids, tokenizer)` of a turn to the increasing indices of the last token
+            of each step. The tokens after the last of them are a step too.
+
+    Returns:
+        `list[list[int]]`: Positions in `token_ids`, disjoint, in order; together they are all trainable tokens.
+
+    Raises:
+        `ValueError`: If `step_function` returns anything else.
+    """
+    steps: list[list[int]] = []
+    positions = range(len(token_ids)) if trainable is None else [t for t, own in enumerate(trainable) if own]
+    for _, run in itertools.groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0]):
+        turn = [position for _, position in run]
+        turn_ids = [token_ids[position] for position in turn]
+        if step_function is None:
+            ends = separator_ends(turn_ids, tokenizer, separator)
+        else:
+            ends = step_function(turn_ids, tokenizer)
+            _check_ends(ends, len(turn))
+        cuts = [0, *(end + 1 for end in ends), len(turn)]
+        pieces = [turn[a:b] for a, b in itertools.pairwise(cuts) if a < b]
+        texts = [_decode(tokenizer, [token_ids[t] for t in piece], skip_special_tokens=True) for piece in pieces]
+        if step_function is None:
+            texts = [text.replace(separator, "") for text in texts]
+        steps += _without_empty(pieces, [not text.strip() for text in texts])
+    return steps
+
+
+def _check_ends(ends: Any, n: int) -> None:
+    valid = isinstance(ends, list) and all(isinstance(end, int) for end in ends)
+    if not valid or any(b <= a for a, b in itertools.pairwise([-1, *ends, n])):
+        raise ValueError(
+            f"step_function returned {ends!r} for {n} tokens; it must return increasing token indices below {n}."
+        )
+
+
+def _without_empty(pieces: list[list[int]], empty: list[bool]) -> list[list[int]]:
+    """Joins each empty piece to the piece before it, or after it where there is none before."""
+    steps: list[list[int]] = []
+    first_is_empty = False
+    for piece, is_empty in zip(pieces, empty, strict=True):
+        if steps and (is_empty or first_is_empty):
+            steps[-1] += piece
+            first_is_empty = first_is_empty and is_empty
+        else:
+            steps.append(list(piece))
+            first_is_empty = is_empty
+    return steps
+
+
+def step_texts(token_ids: list[int], steps: list[list[int]], tokenizer) -> list[str]:
+    """The text of each step, decoded from its own tokens without special tokens."""
+    return [_decode(tokenizer, [token_ids[t] for t in step], skip_special_tokens=True) for step in steps]
