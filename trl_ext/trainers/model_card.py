@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
-
 from .. import __version__
 from ..functional.preference_losses import MARGIN_LOSSES
 
@@ -68,6 +66,14 @@ _REINFORCE_PLUS_PLUS = _paper(
     "Jian Hu and Jason Klein Liu and Haotian Xu and Wei Shen",
     2025,
     "2501.03262",
+)
+_DEEPSEEKMATH = _paper(
+    "shao2024deepseekmath",
+    "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    "Zhihong Shao and Peiyi Wang and Qihao Zhu and Runxin Xu and Junxiao Song and Mingchuan Zhang and Y. K. Li and "
+    "Y. Wu and Daya Guo",
+    2024,
+    "2402.03300",
 )
 _RLOO = _paper(
     "ahmadian2024back",
@@ -183,7 +189,7 @@ _METHODS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("advantage_estimator", "reinforce"): ("REINFORCE", _REINFORCE),
     ("advantage_estimator", "reinforce_plus_plus"): ("REINFORCE++", _REINFORCE_PLUS_PLUS),
     ("advantage_estimator", "reinforce_plus_plus_baseline"): ("REINFORCE++ with baseline", _REINFORCE_PLUS_PLUS),
-    ("advantage_estimator", "process_group_relative"): ("GRPO with process rewards", _GRPOTrainer._paper),
+    ("advantage_estimator", "process_group_relative"): ("GRPO with process rewards", _DEEPSEEKMATH),
     **{("loss_type", f"psipo{psi}"): ("ΨPO", _PSIPO) for psi in ("", "_logit")},
     ("loss_type", "psipo_identity"): ("IPO", _PSIPO),
     **{("loss_type", f"gpo_{name}"): ("GPO", _GPO) for name in MARGIN_LOSSES},
