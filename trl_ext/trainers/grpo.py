@@ -128,7 +128,7 @@ class GRPOConfig(_GRPOConfig):
     )
     kl_horizon: float | None = field(
         default=None,
-        metadata={"help": "Completions over which the adaptive beta changes by at most about 20 %%. Default: 10000."},
+        metadata={"help": "Completions over which the adaptive beta changes by at most about a fifth. Default: 10000."},
     )
     kl_target_unit: str | None = field(
         default=None,
