@@ -146,7 +146,7 @@ def trainable(model) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def log_probs(model, rows: Reference, temperature: float) -> torch.Tensor:
-    """Log-probs of the masked tokens, `(B, T)` of the last columns or of all, float64, from the model's plain logits."""
+    """Log-probs of the masked tokens, float64, from the model's plain logits: `(B, T)` of the last T columns."""
     logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits.double() / temperature
     width = min(rows.mask.size(1), rows.input_ids.size(1) - 1)
     logps = logits[:, :-1].log_softmax(-1).gather(-1, rows.input_ids[:, 1:, None])[..., 0][:, -width:]

@@ -1,4 +1,4 @@
-"""Every feature with every way to hold the weights: all of it with `pytest -m slow tests/matrix`, a few cells always."""
+"""Every feature with every way to hold the weights: a few cells in plain `pytest`, all with `pytest -m ''`."""
 
 import importlib.util
 import json

@@ -14,6 +14,7 @@ from trl.trainer.dpo_trainer import DPOTrainer as _DPOTrainer
 from ..functional.preference_losses import ODPO_FLOOR, PairBatch
 from ..lookup import import_path
 from ..seams import moved
+from .checkpoints import begin_checkpoint, keeping_dtypes, whole_checkpoint
 from .dpo_config import READS_LABEL_SMOOTHING, PairLoss, is_number
 from .dpo_config import DPOConfig as DPOConfig
 from .model_card import describing_options
@@ -214,6 +215,19 @@ class DPOTrainer(_DPOTrainer):
             raise moved(f"the mean log-prob of the chosen completions is {theirs} there, {ours} here")
         for name, mean in means.items():
             metrics[name].append(mean)
+
+    # Interruptions
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        return super().train(whole_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with keeping_dtypes(model or self.model) if self._pair_losses else contextlib.nullcontext():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_checkpoint(self, model, trial):
+        begin_checkpoint(self, trial)
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args, **kwargs):
         with describing_options(self):

@@ -4,12 +4,12 @@ import inspect
 import json
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_config import GRPOConfig as _GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
@@ -18,6 +18,7 @@ from ..functional.kl import KL_ESTIMATORS, SATURATION, adapted_beta, k1, k2, k3,
 from ..functional.reductions import nearly_equal, reward_at_end, weighted_mean
 from ..lookup import import_path, lookup
 from ..seams import moved
+from .checkpoints import begin_checkpoint, keeping_dtypes, resumable, whole_checkpoint
 from .kl import BetaTimes, check_kl, exact_kl, kl_choice, last_hidden_states, lm_head
 from .model_card import describing_options
 from .step_rewards import ESTIMATORS as ADVANTAGE_ESTIMATORS
@@ -300,6 +301,11 @@ class GRPOTrainer(_GRPOTrainer):
     def _kl_choice(self) -> tuple[str | None, Any]:
         return kl_choice(getattr(self, "args", None))
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether training is not TRL's, bit for bit."""
+        return self._option("advantage_estimator") is not None or self._kl_choice[0] is not None
+
     # Scoring
 
     def _generate(self, *args, **kwargs):
@@ -560,11 +566,24 @@ class GRPOTrainer(_GRPOTrainer):
             horizon = {"horizon": self.args.kl_horizon} if self.args.kl_horizon else {}
             self.beta = adapted_beta(self.beta, kl / count, self.args.kl_target, completions, **horizon)
 
+    # Interruptions
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        return super().train(whole_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        return resumable(sampler) if self._is_ours else sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with keeping_dtypes(model or self.model) if self._is_ours else nullcontext():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self._option("kl_target") is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        folder = begin_checkpoint(self, trial)
+        if self._option("kl_target") is not None and self.args.should_save:  # before what makes the checkpoint whole
             (folder / _CONTROLLER_FILE).write_text(json.dumps({"beta": self.beta}))
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

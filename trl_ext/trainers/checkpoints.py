@@ -1,0 +1,105 @@
+"""Interrupted runs: which checkpoint is whole, and where the data of a later epoch continues."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+def begin_checkpoint(trainer: Any, trial: Any) -> Path:
+    """
+    The folder of the checkpoint that `trainer` is about to write. The `Trainer` writes its state last, so from here on
+    until then a folder without it is not whole; one left there by an earlier run would say otherwise.
+    """
+    folder = Path(trainer._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+    if trainer.args.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    return folder
+
+
+def whole_checkpoint(wanted: Any, output_dir: str) -> Any:
+    """
+    What to hand to [`~transformers.Trainer.train`] as `resume_from_checkpoint`.
+
+    Args:
+        wanted (`str`, `bool` or `None`):
+            What the user gave. `True`: the last checkpoint of `output_dir` that is whole.
+        output_dir (`str`):
+            Folder of the run.
+
+    Raises:
+        `ValueError`: If the checkpoint named, or every checkpoint there is, was cut off while it was written.
+    """
+    if wanted is None or wanted is False:
+        return wanted
+    cut_off = "the run was stopped while saving it"
+    if wanted is not True:
+        if os.path.isdir(wanted) and not _is_whole(Path(wanted)):
+            whole = _newest_first(Path(wanted).parent)
+            other = next((f"; {folder} is whole" for folder in whole if _is_whole(folder)), "")
+            raise ValueError(f"{wanted} has no readable {TRAINER_STATE_NAME}: {cut_off}{other}.")
+        return wanted
+    folders = _newest_first(Path(output_dir))
+    for folder in folders:
+        if _is_whole(folder):
+            return str(folder)
+        warnings.warn(f"{folder} is passed over: it has no readable {TRAINER_STATE_NAME}, {cut_off}.", stacklevel=3)
+    if folders:
+        raise ValueError(
+            f"No checkpoint in {output_dir} has a readable {TRAINER_STATE_NAME}: the run was stopped while saving its "
+            "first. Start anew, without resume_from_checkpoint."
+        )
+    return wanted  # upstream says that there is none
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    folders = [folder for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir()]
+    steps = {folder: folder.name.rpartition("-")[2] for folder in folders}
+    return sorted((folder for folder in folders if steps[folder].isdigit()), key=lambda f: int(steps[f]), reverse=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def resumable(sampler: Any) -> Any:
+    """
+    TRL's sampler, which draws one permutation per epoch from a generator that no checkpoint keeps: a run that goes on
+    in a later epoch would see the order of the first again. The sampler is told when an epoch starts, and then puts
+    the generator where an uninterrupted run has it.
+    """
+    generator = getattr(sampler, "generator", None)
+    if generator is not None:
+
+        def set_epoch(epoch: int) -> None:
+            generator.manual_seed(sampler.seed)
+            for _ in range(epoch):
+                torch.randperm(sampler.num_samples, generator=generator)
+
+        sampler.set_epoch = set_epoch
+    return sampler
+
+
+@contextmanager
+def keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Around the reading of a checkpoint: TRL trains the adapter of a quantised model in bfloat16, PEFT would go on with
+    it in float32.
+    """
+    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])
