@@ -60,7 +60,16 @@ def dataset() -> Dataset:
 
 
 def build(
-    trainer_class, config_class, model, output_dir, lora=False, reward_funcs=digits, rollout_func=None, **options
+    trainer_class,
+    config_class,
+    model,
+    output_dir,
+    lora=False,
+    reward_funcs=digits,
+    rollout_func=None,
+    train_dataset=None,
+    eval_dataset=None,
+    **options,
 ):
     """A trainer over the tiny task; `options` are fields of the config."""
     settings = {
@@ -87,7 +96,8 @@ def build(
         model=model,
         reward_funcs=reward_funcs,
         args=config_class(output_dir=str(output_dir), **settings),
-        train_dataset=dataset(),
+        train_dataset=dataset() if train_dataset is None else train_dataset,
+        eval_dataset=eval_dataset,
         peft_config=peft_config,
         rollout_func=rollout_func,
     )

@@ -130,6 +130,8 @@ def test_only_the_adapter_is_saved(cell, adapter, weights, feature):
 
 @pytest.mark.parametrize("cells", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"])
 def test_plain_peft_reads_what_was_saved(cell, tiny_model, tmp_path, cells):
+    if not importlib.util.find_spec("bitsandbytes"):
+        cells = [(weights, feature) for weights, feature in cells if not weights.startswith("4-bit")]
     written, logits = [], []
     for weights, feature in cells:
         trainer, _, saved = cell(weights, feature)

@@ -1,0 +1,99 @@
+"""Two processes, launched by a config of `recipes/accelerate`, where the batches do not come out even."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from two_processes_edges import DPO, GRPO, run
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tiny_model, tmp_path_factory):
+    """Results of one process, and of each of two gloo processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    script = Path(__file__).parent / "two_processes_edges.py"
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "ddp.yaml")]
+    launch += ["--mixed_precision", "no", "--main_process_port", port]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*launch, str(script), tiny_model, str(folder), "2"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run(tiny_model, folder, 1), [torch.load(folder / f"{rank}of2.pt") for rank in (0, 1)]
+
+
+def same_for_all(entry):
+    """What is measured by the clock differs."""
+    return {name: value for name, value in entry.items() if not any(w in name for w in ("time", "per_second"))}
+
+
+@pytest.mark.parametrize("case", [*GRPO, *DPO])
+def test_both_processes_see_one_run(one_and_two, case):
+    first, second = (result[case] for result in one_and_two[1])
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]) and weight.isfinite().all(), name
+    for ours, theirs in zip(first["log"], second["log"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in same_for_all(theirs).items():
+            assert ours[name] == (value if value is None else pytest.approx(value, rel=1e-6, abs=1e-9)), name
+
+
+@pytest.mark.parametrize("case", GRPO)
+def test_two_processes_equal_one(one_and_two, case):
+    one, two = one_and_two[0][case], one_and_two[1][0][case]
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, atol=1e-5, rtol=0, msg=name)
+    entries = [[entry for entry in result["log"] if "loss" in entry] for result in (one, two)]
+    assert len(entries[0]) == len(entries[1]) == GRPO[case]["max_steps"]
+    for theirs, ours in zip(*entries, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in {"reward", "advantages/mean", "advantages/std", "kl", "kl/k3", "kl/beta"} & ours.keys():
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("rows", [13, 14, 15])
+def test_uneven_pairs_are_trained_as_by_trl_bit_for_bit(one_and_two, rows):
+    for result in (one_and_two[0], *one_and_two[1]):
+        ours, theirs = result[f"uneven pairs: {rows}, ours"], result[f"uneven pairs: {rows}, TRL"]
+        for name, weight in theirs["weights"].items():
+            assert torch.equal(ours["weights"][name], weight), name
+        for our_entry, their_entry in zip(ours["log"], theirs["log"], strict=True):
+            for name, value in same_for_all(their_entry).items():
+                assert our_entry[name] == value, name
+
+
+def test_the_cases_are_what_they_say(one_and_two):
+    truncated = one_and_two[1][0]["truncated: reinforce"]["log"][0]
+    assert truncated["completions/clipped_ratio"] == 0.5
+    evaluated = [entry for entry in one_and_two[1][0]["uneven: leave_one_out"]["log"] if "eval_loss" in entry]
+    assert len(evaluated) == 3
+
+
+SHARDED = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_accelerate_reads_the_config(name):
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == SHARDED.keys()
+    config = load_config_from_file(str(RECIPES / f"{name}.yaml"))
+    assert isinstance(config, ClusterConfig) and str(config.distributed_type.value) == SHARDED[name]
+    assert config.num_processes == 2 and config.mixed_precision == "bf16"
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if name.startswith("deepspeed"):
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])
+    text = (RECIPES / f"{name}.yaml").read_text()
+    assert text.startswith("#") and len(text.splitlines()) <= 40
+    assert ("Nobody has run it" in text) == (name != "ddp")
