@@ -246,19 +246,32 @@ def test_a_slope_changes_the_run(tiny_model, tmp_path):
     assert any(not torch.equal(weight, weights(flat)[name]) for name, weight in weights(steep).items())
 
 
-def test_the_moving_margin_follows_the_logged_margins(tiny_model, tmp_path):
-    trainer = trained(OURS, tiny_model, tmp_path, loss_kwargs={"beta_dpo": {"alpha": 0.1}}, max_steps=6)
-    moving = None
-    names = ("rewards/margins", "beta_dpo/beta", "beta_dpo/moving_mean", "beta_dpo/clamped")
-    for reward, beta, moving_mean, clamped in logged(trainer, *names):
-        margin = reward / 0.1
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_beta_follows_the_logged_margins(tiny_model, tmp_path, reduction):
+    options = {"loss_kwargs": {"beta_dpo": {"alpha": 0.2}}, "max_steps": 6, "logp_reduction": reduction}
+    trainer = trained(OURS, tiny_model, tmp_path, **options)
+    moving, betas = None, []
+    unit = "_per_token" if reduction == "mean" else ""
+    names = ("beta_dpo/beta", "beta_dpo/moving_mean", "beta_dpo/clamped")
+    for chosen, rejected, beta, moving_mean, clamped in logged(
+        trainer, f"logratios/chosen{unit}", f"logratios/rejected{unit}", *names
+    ):
+        margin = chosen - rejected
         moving = margin if moving is None else moving
         assert moving_mean == pytest.approx(moving, rel=1e-4, abs=1e-5)
-        assert beta == pytest.approx(max(0.1 * (1 + 0.1 * (margin - moving)), 1e-3), rel=1e-4)
+        assert beta == pytest.approx(max(0.1 * (1 + 0.2 * (margin - moving)), 1e-3), rel=1e-4)
         assert clamped == float(beta == 1e-3)
         moving = 0.9 * moving + 0.1 * margin
+        betas.append(beta)
     assert trainer._moving_margin.moving[0] == pytest.approx(moving, rel=1e-4)
-    assert len({beta for _, beta, *_ in logged(trainer, *names)}) == 6
+    assert betas[0] == 0.1 and len({*betas}) == 6
+
+
+def test_the_clamp_is_logged(tiny_model, tmp_path):
+    trainer = trained(OURS, tiny_model, tmp_path, loss_kwargs={"beta_dpo": {"alpha": 1e3}}, max_steps=6)
+    betas = [beta for (beta,) in logged(trainer, "beta_dpo/beta")]
+    assert [clamped for (clamped,) in logged(trainer, "beta_dpo/clamped")] == [float(beta == 1e-3) for beta in betas]
+    assert 1e-3 in betas and max(betas) > 0.1
 
 
 def test_it_moves_once_per_optimizer_step_over_all_its_micro_batches(tiny_model, tmp_path, monkeypatch):
