@@ -181,6 +181,14 @@ _CAL_DPO = _paper(
     2024,
     "2412.14516",
 )
+_BETA_DPO = _paper(
+    "wu2024betadpo",
+    "β-DPO: Direct Preference Optimization with Dynamic β",
+    "Junkang Wu and Yuexiang Xie and Zhengyi Yang and Jiancan Wu and Jinyang Gao and Bolin Ding and Xiang Wang and "
+    "Xiangnan He",
+    2024,
+    "2407.08639",
+)
 # (option, value) → name and paper in the card. Where no option is listed, they are those of TRL's trainer.
 _METHODS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("advantage_estimator", "group_mean"): ("GRPO with mean-only advantages (Dr. GRPO)", _DR_GRPO),
@@ -201,4 +209,5 @@ _METHODS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("loss_type", "sppo"): ("SPPO", _SPPO),
     ("loss_type", "chipo"): ("χPO", _CHIPO),
     ("loss_type", "cal_dpo"): ("Cal-DPO", _CAL_DPO),
+    ("loss_type", "beta_dpo"): ("β-DPO", _BETA_DPO),
 }

@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import numbers
+import types
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,10 @@ class Steps:
         if isinstance(function, torch.nn.Module):
             self._kinds[index] = _Returned(plain=True, lists=False, error=None)
             return function
-        parameters = inspect.signature(function).parameters
+        try:
+            parameters = inspect.signature(function).parameters
+        except (TypeError, ValueError):  # a builtin does not say what it takes
+            parameters = types.MappingProxyType({})
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         steps = {}
         for argument, attribute in (("completion_steps", "texts"), ("completion_step_ends", "ends")):
