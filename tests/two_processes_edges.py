@@ -48,6 +48,7 @@ GRPO = {f"truncated: {name}": {"max_steps": 2, "mask_truncated_completions": Tru
 GRPO |= {f"uneven: {name}": {**UNEVEN, **CASES[name]} for name in UNEVEN_CASES}
 LOSSES = {"TRL": (trl.DPOTrainer, trl.DPOConfig, "sigmoid"), "ours": (DPOTrainer, DPOConfig, "gpo_logistic")}
 DPO = {f"uneven pairs: {rows}, {who}": (rows, *LOSSES[who]) for rows in (13, 14, 15) for who in LOSSES}
+DPO["uneven pairs: 15, β-DPO"] = (15, DPOTrainer, DPOConfig, "beta_dpo")
 
 
 def of_completion(completion_ids, **kwargs):

@@ -41,6 +41,7 @@ DPO = {
     "IPO": {"loss_type": ["psipo_identity"]},
     "IPO, soft labels": {"loss_type": ["psipo_identity"], **SOFT},
     "ΨPO logit, soft labels": {"loss_type": ["psipo_logit"], **SOFT},
+    "β-DPO": {"loss_type": ["beta_dpo"]},
     "IPO, soft labels, references precomputed": {
         "loss_type": ["psipo_identity"], "precompute_ref_log_probs": True, **SOFT,
     },

@@ -28,7 +28,7 @@ OURS = (GRPOTrainer, GRPOConfig)
 TRLS = (trl.GRPOTrainer, trl.GRPOConfig)
 STEPS = 10
 QUICK = [("full", "adaptive beta"), ("full", "process rewards"), ("adapter", "k1 in the reward")]
-QUICK += [("4-bit", "REINFORCE++"), ("full", "IPO, soft labels"), ("4-bit", "IPO, soft labels")]
+QUICK += [("4-bit", "REINFORCE++"), ("full", "IPO, soft labels"), ("4-bit", "β-DPO")]
 CELLS = [
     pytest.param(*cell, marks=[] if cell in QUICK else [pytest.mark.slow], id=", ".join(cell))
     for cell in product(WEIGHTS, FEATURES)
@@ -232,6 +232,20 @@ def test_a_checkpoint_that_is_written_over_is_not_whole_before_its_end(tiny_mode
         trainer.train()
     assert not (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+
+
+def test_what_is_ours_is_written_before_what_makes_a_checkpoint_whole(tiny_model, tmp_path, monkeypatch):
+    adaptive = {"kl_estimator": "k2", "beta": 0.1, "kl_target": 0.01}
+    grpo = tiny.build(*OURS, tiny_model, tmp_path / "grpo", save_strategy="steps", save_steps=1, **adaptive)
+    loss = {"loss_type": ["beta_dpo"]}
+    dpo = tiny_dpo.build(
+        DPOTrainer, DPOConfig, tiny_model, tmp_path / "dpo", save_strategy="steps", save_steps=1, **loss
+    )
+    for trainer, file in ((grpo, "grpo/checkpoint-1/kl_controller.json"), (dpo, "dpo/checkpoint-1/beta_dpo.json")):
+        monkeypatch.setattr(trainer, "save_model", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        assert (tmp_path / file).exists() and not (tmp_path / file).with_name("trainer_state.json").exists()
 
 
 def test_where_there_is_no_checkpoint_the_trainer_says_so_itself(tiny_model, tmp_path):

@@ -6,12 +6,10 @@ import inspect
 import math
 import types
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets.fingerprint import Hasher
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.dpo_trainer import DPOTrainer as _DPOTrainer
 
 from ..functional.preference_losses import BETA_FLOOR, ODPO_FLOOR, PairBatch, batch_beta
@@ -200,17 +198,6 @@ class DPOTrainer(_DPOTrainer):
             self._moving_margin.step()
         return dataclasses.replace(batch, everyone=everyone)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self._moving_margin is not None and self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._moving_margin.save(Path(self._get_output_dir(trial=trial), folder))
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._moving_margin is not None and checkpoint is not None:
-            self._moving_margin.load(checkpoint)
-
     def _sums(self, per_token_logps, mask, lengths) -> torch.Tensor:
         """Log-prob of each row; `ld_alpha` weighs the tokens beyond the length of the shorter one of the pair."""
         if self.ld_alpha is None:
@@ -267,8 +254,15 @@ class DPOTrainer(_DPOTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):
-        begin_checkpoint(self, trial)
+        folder = begin_checkpoint(self, trial)
+        if self._moving_margin is not None and self.args.should_save:  # before what makes the checkpoint whole
+            self._moving_margin.save(folder)
         super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._moving_margin is not None and checkpoint is not None:
+            self._moving_margin.load(checkpoint)
 
     def create_model_card(self, *args, **kwargs):
         with describing_options(self):
