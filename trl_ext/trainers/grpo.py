@@ -18,6 +18,7 @@ from ..functional.kl import KL_ESTIMATORS, SATURATION, adapted_beta, k1, k2, k3,
 from ..functional.reductions import nearly_equal, reward_at_end, weighted_mean
 from ..lookup import import_path, lookup
 from ..seams import moved
+from .data import datasets_of, require_columns, require_eos, require_texts
 from .kl import BetaTimes, check_kl, exact_kl, kl_choice, last_hidden_states, lm_head
 from .model_card import describing_options
 from .step_rewards import ESTIMATORS as ADVANTAGE_ESTIMATORS
@@ -42,6 +43,11 @@ class _One(int):
 
     def __lt__(self, other: int) -> bool:
         return False
+
+
+def _is_active(config: Any) -> bool:
+    """Whether a config, possibly TRL's own or none, switches on anything that acts on training."""
+    return any(getattr(config, n, None) is not None for n in ("advantage_estimator", "kl_estimator", "kl_placement"))
 
 
 @dataclass
@@ -283,7 +289,15 @@ class GRPOTrainer(_GRPOTrainer):
         if getattr(given.get("args"), "process_reward_model", None) is not None:
             del given["self"]
             args, kwargs = (), with_process_reward_model(given)
+        # What generates in place of the trainer may take other prompts, or none.
+        foreign = given.get("environment_factory") is not None or given.get("rollout_func") is not None
+        checked = _is_active(given.get("args")) and not foreign
+        if checked:
+            self._check_data(given)
         super().__init__(*args, **kwargs)
+        if checked and not self.use_vllm:
+            require_eos(self._tokenizer)
+            self._check_data(given, self._tokenizer)
         for path in self._option("callbacks") or []:
             self.add_callback(import_path(path)())
         if self._kl_choice[1] == "exact" and self.ref_model is None and self._head(None).weight.requires_grad:
@@ -291,6 +305,12 @@ class GRPOTrainer(_GRPOTrainer):
                 "kl_estimator='exact' needs one LM head for policy and reference with PEFT, but this adapter trains "
                 "its own copy (modules_to_save). Leave the head out of it, or use 'k3'."
             )
+
+    def _check_data(self, given: dict[str, Any], tokenizer: Any = None):
+        for name in ("train_dataset", "eval_dataset"):
+            for dataset in datasets_of(given.get(name)):
+                require_columns(dataset, name, ["prompt"])
+                require_texts(dataset, name, ["prompt"], tokenizer)
 
     def _option(self, name: str) -> Any:
         # TRL's plain config, or a trainer built without one, has none of our fields.
