@@ -21,6 +21,7 @@ from datasets import Dataset
 from tiny import build, digits, logged, weights
 from transformers import AutoTokenizer
 
+from trl_ext.rewards import ProcessRewardModel
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 
@@ -236,6 +237,33 @@ def test_a_process_reward_model_that_gives_other_steps_is_refused(train):
 
     with pytest.raises(ValueError, match=r"'shorter' returned \d+ step rewards for completion 2, which has \d+ steps"):
         train(*OURS, reward_funcs=shorter, **BY_STEP)
+
+
+def test_a_process_reward_model_whose_tokenizer_drops_the_ends_of_steps_is_refused(train):
+    class Encoded(dict):
+        def char_to_token(self, character):
+            return None if character > 30 else 0
+
+    class Tokenizer:
+        chat_template = None
+
+        def __call__(self, text, **kwargs):
+            return Encoded(input_ids=[1])
+
+    model = ProcessRewardModel("some/prm", "good_bad")
+    model.tokenizer, model.model = Tokenizer(), torch.nn.Identity()
+    with pytest.raises(ValueError, match="The tokenizer of 'prm' writes no token where step 1 ends"):
+        model(["a"], [["short", "a step of some thirty characters"]])
+    with pytest.raises(
+        RuntimeError, match="Reward function 'prm' raised ValueError: The tokenizer of 'prm' writes no"
+    ):
+        train(*OURS, reward_funcs=model, **BY_STEP, rollout_func=long_rollout)
+
+
+def long_rollout(prompts, trainer):
+    result = tiny.scripted_rollout(prompts, trainer)
+    ids = [[3] * 40 for _ in prompts]
+    return {**result, "completion_ids": ids, "logprobs": [[0.0] * 40] * len(ids), "env_mask": [[1] * 40] * len(ids)}
 
 
 # Nothing is lost
