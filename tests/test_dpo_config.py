@@ -13,6 +13,7 @@ from trl_ext.trainers.dpo_config import SAME_AS_TRL, TRL_LOSSES
 
 REWARDS = {"chosen_reward_column": "good", "rejected_reward_column": "bad"}
 IPO = {"loss_type": ["psipo_identity"]}
+BETA_DPO = {"loss_type": ["beta_dpo"]}
 
 
 def config(**options):
@@ -126,6 +127,35 @@ def pair_loss(batch, *, strength=1.0):
             {"loss_type": ["test_dpo_config.pair_loss"], "loss_kwargs": {"test_dpo_config.pair_loss": {"power": 2}}},
             "loss_kwargs has no 'power' for 'test_dpo_config.pair_loss'; it takes ['strength'].",
         ),
+        # a beta of the batch
+        (
+            {**BETA_DPO, "loss_kwargs": {"beta_dpo": {"alpha": -0.5}}},
+            "alpha must be at least 0, got -0.5.",
+        ),
+        (
+            {**BETA_DPO, "loss_kwargs": {"beta_dpo": {"keep": 0.0}}},
+            "keep must be above 0 and at most 1, got 0.0.",
+        ),
+        (
+            {**BETA_DPO, "loss_kwargs": {"beta_dpo": {"keep": 1.5}}},
+            "keep must be above 0 and at most 1, got 1.5.",
+        ),
+        (
+            {**BETA_DPO, "loss_kwargs": {"beta_dpo": {"rho": 0.2}}},
+            "loss_kwargs has no 'rho' for 'beta_dpo'; it takes ['alpha', 'keep'].",
+        ),
+        (
+            {**BETA_DPO, "beta": 0.0005},
+            "beta must be at least 0.001, the least that beta_dpo uses, got 0.0005.",
+        ),
+        (
+            {**BETA_DPO, "label_smoothing": 0.1},
+            "label_smoothing is not read by loss_type 'beta_dpo'; set it to 0.",
+        ),
+        (
+            {**BETA_DPO, "preference_prob_column": "p"},
+            "preference_prob_column is read by none of loss_type ['beta_dpo']; remove it.",
+        ),
         # without a reference
         (
             {"loss_type": ["simpo"], "precompute_ref_log_probs": True},
@@ -183,6 +213,7 @@ def test_ignored_label_smoothing_is_mentioned_once(name, message):
         {"loss_type": ["dpop", "simpo"], "loss_kwargs": '{"dpop": {"lam": 5.0}}'},  # JSON, as on the command line
         {"loss_type": ["test_dpo_config.pair_loss"], "loss_kwargs": {"test_dpo_config.pair_loss": {"strength": 2}}},
         {"loss_type": ["test_dpo_config.pair_loss"], "preference_prob_column": "p", **REWARDS},
+        {**BETA_DPO, "loss_kwargs": '{"beta_dpo": {"alpha": 0, "keep": 1}}'},
         *({"loss_type": [name], "preference_prob_column": "p"} for name in SAME_AS_TRL),
     ],
 )
@@ -216,6 +247,8 @@ def test_no_field_of_ours_is_a_field_of_trl_and_each_is_off():
         ("_compute_loss", ["self", "model", "inputs", "return_outputs"]),
         ("compute_ref_log_probs", ["self", "model", "inputs"]),
         ("_precompute_ref_logps", ["self", "dataset", "name", "batch_size"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("_prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"]),
         ("_set_signature_columns_if_needed", ["self"]),
     ],

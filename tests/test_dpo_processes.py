@@ -25,7 +25,7 @@ def one_and_two(tiny_model, tmp_path_factory):
     return run(tiny_model, folder, 1), [torch.load(folder / f"{rank}of2.pt") for rank in (0, 1)]
 
 
-OF_PAIRS = ("loss/", "logratios/", "margins/", "rewards/", "logps/")  # means over pairs, not over tokens
+OF_PAIRS = ("loss/", "logratios/", "margins/", "rewards/", "logps/", "beta_dpo/")  # means over pairs, not over tokens
 
 
 @pytest.mark.parametrize("case", CASES)

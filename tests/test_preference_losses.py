@@ -81,6 +81,7 @@ NUMBERS = [
     ("cal_dpo", {"coefficient": 0.5}, False, 0.7, 0.463282, -0.431475, 0.831475),
     ("cal_dpo", {"coefficient": 1.0}, False, 0.7, 0.663282, -0.631475, 1.431475),
     ("chipo", {"bound": 1.0}, False, 0.7, 0.224886, -0.324801, 0.168195),
+    ("beta_dpo", {"alpha": 2.0}, False, 0.7, 0.437488, -0.177172, 0.177172),  # the first batch: DPO
 ]
 
 
@@ -155,6 +156,7 @@ LOOPS = {
     "cal_dpo": lambda w, r, p, b, **_: (
         minus_log_sigmoid(w - r) + 0.5 * ((w - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2)
     ),
+    "beta_dpo": lambda w, r, p, b, **_: minus_log_sigmoid(b * (w - r)),  # the first batch; more in test_beta_dpo.py
 }
 
 
@@ -211,6 +213,7 @@ SLOPES = {
     "sppo": lambda p, b, **_: -2 * (p - 0.5) / b,
     "chipo": lambda p, b, **_: -b,
     "cal_dpo": lambda p, b, **_: -0.5 - 0.5 / b,
+    "beta_dpo": lambda p, b, **_: -b / 2,
 }
 
 
@@ -328,6 +331,7 @@ def test_options_of_zero_are_dpo():
         "dpop": {"lam": 0.0},
         "length_dpo": {"alpha": 0.0},
         "odpo": {"alpha": 0.0},
+        "beta_dpo": {"alpha": 0.0},
         "margin_dpo": {},
     }.items():
         torch.testing.assert_close(PREFERENCE_LOSSES[name](batch, **options), dpo, atol=0, rtol=0)

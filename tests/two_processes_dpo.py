@@ -47,6 +47,8 @@ CASES |= {
     "precompute": {"loss_type": ["gpo_squared"], "precompute_ref_log_probs": True, "sample_weight_column": "w"},
     "LoRA": {"loss_type": ["dpop"], "kind": "lora", "loss_kwargs": {"dpop": {"lam": 2.0}}},
     "no reference": {"loss_type": ["simpo"]},
+    "a beta of the batch": {"loss_type": ["beta_dpo"]},
+    "a filter": {"loss_type": ["beta_dpo"], "loss_kwargs": {"beta_dpo": {"alpha": 0.1, "keep": 0.5}}},
 }
 
 

@@ -1,16 +1,19 @@
 """DPO with selectable preference losses: entries of TRL's own `loss_type`, and options that are off by default."""
 
 import contextlib
+import dataclasses
 import inspect
 import types
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets.fingerprint import Hasher
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.dpo_trainer import DPOTrainer as _DPOTrainer
 
-from ..functional.preference_losses import ODPO_FLOOR, PairBatch
+from ..functional.preference_losses import BETA_FLOOR, ODPO_FLOOR, PairBatch, batch_beta
 from ..lookup import import_path
 from ..seams import moved
 from .data import (
@@ -25,6 +28,7 @@ from .data import (
 from .dpo_config import READS_LABEL_SMOOTHING, PairLoss
 from .dpo_config import DPOConfig as DPOConfig
 from .model_card import describing_options
+from .moving_margin import MovingMargin
 
 
 class DPOTrainer(_DPOTrainer):
@@ -35,15 +39,19 @@ class DPOTrainer(_DPOTrainer):
     `loss/<entry>`; `rewards/agreement`, the probability of the preference that the margin expresses; the log-ratios,
     policy over reference, `logratios/chosen` and `logratios/rejected` (nats per completion), the same with
     `_per_token`, and `logratios/chosen_falling`, the share of pairs whose chosen completion lost probability; for the
-    first regression loss `margins/target_distance` (nats) and `margins/target_reached` (share); and for `odpo`
-    `rewards/offset_clamped`, the share of pairs whose chosen completion does not have the higher score. None of these
-    is a KL: the completions were not sampled from the policy. [`~trl_ext.trainers.sampled.SampledMetrics`] measures
-    that.
+    first regression loss `margins/target_distance` (nats) and `margins/target_reached` (share); for `odpo`
+    `rewards/offset_clamped`, the share of pairs whose chosen completion does not have the higher score; and for
+    `beta_dpo` `beta_dpo/beta` of the batch, `beta_dpo/clamped`, whether that is at its floor, and the moving mean and
+    standard deviation that the batch was compared with, `beta_dpo/moving_mean` and `beta_dpo/moving_std` (nats). None
+    of these is a KL: the completions were not sampled from the policy.
+    [`~trl_ext.trainers.sampled.SampledMetrics`] measures that.
     """
 
     _pair_losses: tuple[PairLoss, ...] = ()
     _columns: dict[str, str] = types.MappingProxyType({})  # type: ignore[assignment]
     _reference_free = False
+    _moving_margin: MovingMargin | None = None
+    _batch_beta: Any
     _signature_columns: list[str]
     data_collator: Any
 
@@ -58,6 +66,9 @@ class DPOTrainer(_DPOTrainer):
             options = config._kwargs_of(loss)
             target = loss.target and partial(loss.target, **options)
             self._pair_losses += (loss._replace(loss=partial(loss.loss, **options), target=target),)
+            if loss.entry == "beta_dpo":
+                self._moving_margin = MovingMargin(config.seed)
+                self._batch_beta = partial(batch_beta, **options)
         self._columns, self._reference_free = config._columns, config._reference_free
         for name in ("train_dataset", "eval_dataset"):
             for dataset in datasets_of(given.get(name)):
@@ -144,6 +155,7 @@ class DPOTrainer(_DPOTrainer):
             result = super()._compute_loss(policy, inputs, return_outputs)
         loss, outputs = result if return_outputs else (result, None)
         batch, weights = self._pair_batch(policy.output, inputs, extra)
+        batch = self._with_everyone(batch)
         per_pair = {}
         for pair_loss in self._pair_losses:
             losses = pair_loss.loss(batch.per_token() if pair_loss.mean else batch)
@@ -188,6 +200,29 @@ class DPOTrainer(_DPOTrainer):
             weights = chosen * rejected if weights is None else weights * (chosen * rejected)
         return batch, weights
 
+    def _with_everyone(self, batch: PairBatch) -> PairBatch:
+        """For `beta_dpo`, the same pairs with the margins of all processes and of the batches before."""
+        if self._moving_margin is None:
+            return batch
+        mean = next(pair_loss.mean for pair_loss in self._pair_losses if pair_loss.entry == "beta_dpo")
+        own = (batch.per_token() if mean else batch).margin.detach()
+        margins, first = self.accelerator.gather(own), self.accelerator.process_index * len(own)
+        everyone = self._moving_margin(margins, first, self.model.training)
+        if self.model.training and self.accelerator.sync_gradients:
+            self._moving_margin.step()
+        return dataclasses.replace(batch, everyone=everyone)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self._moving_margin is not None and self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._moving_margin.save(Path(self._get_output_dir(trial=trial), folder))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._moving_margin is not None and checkpoint is not None:
+            self._moving_margin.load(checkpoint)
+
     def _sums(self, per_token_logps, mask, lengths) -> torch.Tensor:
         """Log-prob of each row; `ld_alpha` weighs the tokens beyond the length of the shorter one of the pair."""
         if self.ld_alpha is None:
@@ -219,6 +254,12 @@ class DPOTrainer(_DPOTrainer):
                 break
         if batch.reward_margin is not None and any(pair_loss.entry == "odpo" for pair_loss in self._pair_losses):
             columns["rewards/offset_clamped"] = batch.reward_margin < ODPO_FLOOR
+        if batch.everyone is not None:
+            beta = self._batch_beta(batch)
+            metrics["beta_dpo/beta"].append(beta)
+            metrics["beta_dpo/clamped"].append(float(beta <= BETA_FLOOR))
+            metrics["beta_dpo/moving_mean"].append(batch.everyone.moving_mean)
+            metrics["beta_dpo/moving_std"].append(batch.everyone.moving_std)
         columns["logps/chosen"] = batch.chosen_logps
         table = torch.stack([column.detach().to(torch.float32) for column in columns.values()])
         means = dict(zip(columns, self.accelerator.gather(table.T.contiguous()).mean(0).tolist(), strict=True))

@@ -134,7 +134,9 @@ class GRPOConfig(_GRPOConfig):
     )
     kl_horizon: float | None = field(
         default=None,
-        metadata={"help": "Completions over which the adaptive beta changes by at most about 20 %%. Default: 10000."},
+        metadata={
+            "help": "Completions over which the adaptive beta changes by at most about a fifth. Default: 10000."
+        },
     )
     kl_target_unit: str | None = field(
         default=None,
@@ -332,7 +334,8 @@ class GRPOTrainer(_GRPOTrainer):
         lengths = [len(mask) for mask in self._tool_mask or completion_ids_list]
         if lengths != [len(ids) for ids in completion_ids_list]:
             raise moved("_generate does not return the tool mask third")
-        self._steps = Steps(completion_ids_list, self._tool_mask, estimator, self._cut, self._tokenizer)
+        tokenizer = getattr(self, "_tokenizer", None)  # needed only where steps are cut
+        self._steps = Steps(completion_ids_list, self._tool_mask, estimator, self._cut, tokenizer)
         functions, names = self.reward_funcs, self.reward_func_names
         self.reward_funcs = [self._steps.wrapped(i, f, names[i]) for i, f in enumerate(functions)]
         try:

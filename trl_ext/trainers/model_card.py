@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
-
 from .. import __version__
 from ..functional.preference_losses import MARGIN_LOSSES
 
@@ -68,6 +66,14 @@ _REINFORCE_PLUS_PLUS = _paper(
     "Jian Hu and Jason Klein Liu and Haotian Xu and Wei Shen",
     2025,
     "2501.03262",
+)
+_DEEPSEEKMATH = _paper(
+    "shao2024deepseekmath",
+    "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    "Zhihong Shao and Peiyi Wang and Qihao Zhu and Runxin Xu and Junxiao Song and Mingchuan Zhang and Y. K. Li and "
+    "Y. Wu and Daya Guo",
+    2024,
+    "2402.03300",
 )
 _RLOO = _paper(
     "ahmadian2024back",
@@ -175,6 +181,14 @@ _CAL_DPO = _paper(
     2024,
     "2412.14516",
 )
+_BETA_DPO = _paper(
+    "wu2024betadpo",
+    "β-DPO: Direct Preference Optimization with Dynamic β",
+    "Junkang Wu and Yuexiang Xie and Zhengyi Yang and Jiancan Wu and Jinyang Gao and Bolin Ding and Xiang Wang and "
+    "Xiangnan He",
+    2024,
+    "2407.08639",
+)
 # (option, value) → name and paper in the card. Where no option is listed, they are those of TRL's trainer.
 _METHODS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("advantage_estimator", "group_mean"): ("GRPO with mean-only advantages (Dr. GRPO)", _DR_GRPO),
@@ -183,7 +197,7 @@ _METHODS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("advantage_estimator", "reinforce"): ("REINFORCE", _REINFORCE),
     ("advantage_estimator", "reinforce_plus_plus"): ("REINFORCE++", _REINFORCE_PLUS_PLUS),
     ("advantage_estimator", "reinforce_plus_plus_baseline"): ("REINFORCE++ with baseline", _REINFORCE_PLUS_PLUS),
-    ("advantage_estimator", "process_group_relative"): ("GRPO with process rewards", _GRPOTrainer._paper),
+    ("advantage_estimator", "process_group_relative"): ("GRPO with process rewards", _DEEPSEEKMATH),
     **{("loss_type", f"psipo{psi}"): ("ΨPO", _PSIPO) for psi in ("", "_logit")},
     ("loss_type", "psipo_identity"): ("IPO", _PSIPO),
     **{("loss_type", f"gpo_{name}"): ("GPO", _GPO) for name in MARGIN_LOSSES},
@@ -195,4 +209,5 @@ _METHODS: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
     ("loss_type", "sppo"): ("SPPO", _SPPO),
     ("loss_type", "chipo"): ("χPO", _CHIPO),
     ("loss_type", "cal_dpo"): ("Cal-DPO", _CAL_DPO),
+    ("loss_type", "beta_dpo"): ("β-DPO", _BETA_DPO),
 }
