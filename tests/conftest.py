@@ -1,9 +1,11 @@
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network, no telemetry
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share the cores
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if not any("tests/gpu" in argument for argument in sys.argv):
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 

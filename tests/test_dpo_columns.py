@@ -220,7 +220,10 @@ def test_new_data_can_be_evaluated(tiny_model, tmp_path, precompute):
     ],
 )
 def test_bad_values_are_refused(tiny_model, tmp_path, column, value, message):
-    trainer = column_trainer(tiny_model, tmp_path, pairs(4, **{**VALUES, column: lambda i: value}))
+    rows = pairs(4, **{**VALUES, column: lambda i: value})
+    with pytest.raises(ValueError, match=message.removesuffix(".") + " in row 0 of train_dataset."):
+        column_trainer("no/such/model", tmp_path, rows)
+    trainer = column_trainer(tiny_model, tmp_path, rows.to_iterable_dataset())
     with pytest.raises(ValueError, match=message):
         trainer.train()
 

@@ -500,3 +500,12 @@ def test_step_rewards_teach_where_a_constant_outcome_teaches_nothing(train):
     seen = []
     train(*OURS, reward_funcs=measure, advantage_estimator="group_relative", **options)
     assert sum(seen[-10:]) / 10 == pytest.approx(sum(seen[:10]) / 10, abs=0.1)
+
+
+def reads_no_steps(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+def test_completions_are_not_cut_for_functions_that_read_no_steps(train, monkeypatch):
+    monkeypatch.setattr("trl_ext.trainers.grpo.segment", lambda *a: pytest.fail("a completion was cut into steps"))
+    train(*OURS, advantage_estimator="reinforce_plus_plus", reward_funcs=reads_no_steps, max_steps=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from two_processes import BATCH, CASES, run
+from two_processes import BATCH, CASES, REFUSED, run
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,22 @@ def test_the_completions_have_several_steps_and_advantages(one_and_two):
         assert all(advantages.any() for advantages in result["advantages"]), name
 
 
-def test_what_is_wrong_on_one_process_is_raised_on_all(one_and_two):
-    errors = [result["refused"] for result in one_and_two[1]]
-    assert errors[0] == errors[1]
-    assert "'one_too_many' returned" in errors[0]["one_too_many"]
-    assert "for completion 1, which has" in errors[0]["one_too_many"]
-    assert "'lists_on_one_process' returned both numbers and lists." in errors[0]["lists_on_one_process"]
+WRONG = {
+    "one_too_many": "ValueError: Process 1: Reward function 'one_too_many' returned",
+    "lists_on_one_process": "ValueError: Reward function 'lists_on_one_process' returned both numbers and lists.",
+    "raises": "RuntimeError: Process 1: Reward function 'raises' raised KeyError: 'answer'",
+    "async_raises": "RuntimeError: Process 1: Reward function 'async_raises' raised TimeoutError",
+    "one_number": "ValueError: Process 1: Reward function 'one_number' returned 0.5; it must return a list",
+    "too_few": "ValueError: Process 1: The reward function 'too_few' returned 1 rewards, but 4 were expected",
+    "a_word": "ValueError: Process 1: Reward function 'a_word' returned 'good' for completion 1; a reward is",
+    "not cut": "ValueError: Process 1: Completion 0 was not cut into steps: ValueError: step_function returned",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_on_one_process_is_raised_on_all(one_and_two, case):
+    (first, no_cause), (second, cause) = (result["refused"][case] for result in one_and_two[1])
+    assert first == second and first.startswith(WRONG[case])
+    assert no_cause == "None" and ("raises" in case) == (cause != "None"), "the traceback of the function is kept"
+    if case == "one_too_many":
+        assert "for completion 1, which has" in first

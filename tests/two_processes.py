@@ -43,6 +43,50 @@ def lists_on_one_process(completion_steps, **kwargs):
     return [[0.0] * len(steps) if first else 0.0 for steps in completion_steps]
 
 
+def on_the_last_process(function):
+    """`function` on the last process, a constant elsewhere."""
+
+    def reward(completions, **kwargs):
+        state = PartialState()
+        return function(**kwargs) if state.process_index == state.num_processes - 1 else [0.5] * len(completions)
+
+    async def later(completions, **kwargs):
+        return reward(completions, **kwargs)
+
+    reward.__name__ = later.__name__ = function.__name__
+    return later if function.__name__.startswith("async_") else reward
+
+
+@on_the_last_process
+def raises(prompts, **kwargs):
+    raise KeyError("answer")
+
+
+@on_the_last_process
+def async_raises(prompts, **kwargs):
+    raise TimeoutError
+
+
+@on_the_last_process
+def one_number(prompts, **kwargs):
+    return 0.5
+
+
+@on_the_last_process
+def too_few(prompts, **kwargs):
+    return [0.5]
+
+
+@on_the_last_process
+def a_word(prompts, **kwargs):
+    return [0.5, "good", *[0.5] * (len(prompts) - 2)]
+
+
+def no_ends_on_the_last_process(token_ids, tokenizer):
+    state = PartialState()
+    return [] if state.process_index < state.num_processes - 1 else [len(token_ids)]
+
+
 STEPS = {"advantage_estimator": "process_group_relative", "step_separator": "b"}
 CASES = {name: {"advantage_estimator": name} for name in ADVANTAGE_ESTIMATORS}
 CASES |= {
@@ -68,7 +112,16 @@ CASES |= {
     "step and outcome rewards": {**STEPS, "reward_funcs": [by_step, some_fail], "process_weight": 0.5},
     "step rewards in REINFORCE++": {**STEPS, "reward_funcs": by_step, "advantage_estimator": "reinforce_plus_plus"},
 }
-REFUSED = [one_too_many, lists_on_one_process]
+OUTCOME = {"advantage_estimator": "leave_one_out"}
+REFUSED = {
+    **{function.__name__: {"reward_funcs": function, **STEPS} for function in (one_too_many, lists_on_one_process)},
+    **{f.__name__: {"reward_funcs": f, **OUTCOME} for f in (raises, async_raises, one_number, too_few, a_word)},
+    "not cut": {
+        "reward_funcs": by_step,
+        "advantage_estimator": "process_group_relative",
+        "step_function": "two_processes.no_ends_on_the_last_process",
+    },
+}
 
 
 class Recorder(GRPOTrainer):
@@ -107,14 +160,13 @@ def run(model: str, folder: Path, world_size: int) -> dict:
 def refused(model: str, folder: Path, world_size: int) -> dict:
     """What each process is told of functions that go wrong on one of them."""
     errors = {}
-    for function in REFUSED:
-        batch = BATCH // world_size
-        options = {"per_device_train_batch_size": batch, "rollout_func": scripted_rollout, **STEPS}
-        trainer = build(GRPOTrainer, GRPOConfig, model, folder, reward_funcs=function, **options)
+    for name, options in REFUSED.items():
+        settings = {"per_device_train_batch_size": BATCH // world_size, "rollout_func": scripted_rollout, **options}
+        trainer = build(GRPOTrainer, GRPOConfig, model, folder, **settings)
         try:
             trainer.train()
-        except ValueError as error:
-            errors[function.__name__] = str(error)
+        except (ValueError, RuntimeError) as error:
+            errors[name] = f"{type(error).__name__}: {error}", repr(error.__cause__)
     return errors
 
 

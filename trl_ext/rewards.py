@@ -246,7 +246,13 @@ class ProcessRewardModel:
         # A rendered chat brings its own special tokens.
         plain = self.kind == "good_bad" or self.tokenizer.chat_template is None
         encoded = self.tokenizer(text, add_special_tokens=plain)
-        return encoded["input_ids"], [encoded.char_to_token(character) for character in characters]
+        tokens = [encoded.char_to_token(character) for character in characters]
+        if None in tokens:
+            raise ValueError(
+                f"The tokenizer of {self.__name__!r} writes no token where step {tokens.index(None)} ends, so that it "
+                f"has no score. Choose a separator that it keeps, got {self.separator!r}."
+            )
+        return encoded["input_ids"], tokens
 
 
 def _message(role: str, content: str) -> dict[str, str]:

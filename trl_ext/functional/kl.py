@@ -6,7 +6,8 @@ reference (always this sign), \\(w_t = \exp(\ell_t - \ell^{\mathrm{old}}_t)\\) t
 sampler. Tokens are sampled from the policy (`old`, where it is given); the unit is nats.
 
 An unbiased *value* says nothing about the *gradient*; each docstring states both. Values saturate at |d| = 20, far
-beyond any useful policy, so that none overflows; gradients do so only where the docstring says it.
+beyond any useful policy, so that none overflows; gradients do so only where the docstring says it. The result is
+float32 or wider.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,18 @@ SATURATION = 20.0  # nats; e²⁰ ≈ 4.9e8
 
 def _with_gradient(value: torch.Tensor, slope: torch.Tensor, per_token_logps: torch.Tensor) -> torch.Tensor:
     """`value`, with the gradient `slope · ∇ per_token_logps`."""
-    return value.detach() + slope.detach() * (per_token_logps - per_token_logps.detach())
+    return value.detach() + _finite(slope.detach()) * (per_token_logps - per_token_logps.detach())
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """The largest number of the dtype instead of an infinity, whose product with 0 is NaN."""
+    limits = torch.finfo(values.dtype)
+    return values.clamp(limits.min, limits.max)
+
+
+def _widened(values: torch.Tensor) -> torch.Tensor:
+    """In float32 or wider: half precision holds no e²⁰."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def k1(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torch.Tensor:
@@ -42,7 +54,7 @@ def k1(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torc
     >>> k1(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.5000])
     """
-    return per_token_logps - ref_per_token_logps
+    return _widened(per_token_logps) - _widened(ref_per_token_logps)
 
 
 def k2(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torch.Tensor:
@@ -67,8 +79,9 @@ def k2(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torc
     >>> k2(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1250])
     """
-    log_ratio = per_token_logps - ref_per_token_logps
-    return _with_gradient(log_ratio.clamp(-SATURATION, SATURATION).square() / 2, log_ratio, per_token_logps)
+    log_ratio = k1(per_token_logps, ref_per_token_logps)
+    value = log_ratio.clamp(-SATURATION, SATURATION).square() / 2
+    return _with_gradient(value, log_ratio, _widened(per_token_logps))
 
 
 def k3(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torch.Tensor:
@@ -94,9 +107,10 @@ def k3(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torc
     >>> k3(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1065])
     """
-    log_ratio = (per_token_logps - ref_per_token_logps).clamp(-SATURATION, SATURATION)
+    log_ratio = k1(per_token_logps, ref_per_token_logps).clamp(-SATURATION, SATURATION)
     # expm1 keeps the value near d = 0, where exp(-d) - 1 + d would round to 0.
-    return _with_gradient(torch.expm1(-log_ratio) + log_ratio, -torch.expm1(-log_ratio), per_token_logps)
+    value, slope = torch.expm1(-log_ratio) + log_ratio, -torch.expm1(-log_ratio)
+    return _with_gradient(value, slope, _widened(per_token_logps))
 
 
 def kl_in_loss(
@@ -137,13 +151,13 @@ def kl_in_loss(
     mask = mask.bool()
     # Before any exp: a gradient through an unselected infinity is 0 · inf = NaN.
     logps, ref, old = (
-        torch.where(mask, logps.to(torch.promote_types(logps.dtype, torch.float32)), 0.0)
+        torch.where(mask, _widened(logps), 0.0)
         for logps in (per_token_logps, ref_per_token_logps, old_per_token_logps)
     )
     penalty = estimator(logps, ref)
     if bias_correction:
         weight = (logps - old).detach().clamp(-SATURATION, SATURATION).exp()
-        penalty = weight * penalty
+        penalty = _finite(weight * penalty)
         if estimator in (k2, k3):
             penalty = _with_gradient(penalty, weight * (logps - ref), logps)
         else:

@@ -10,7 +10,8 @@ Two families are often confused. A *margin loss* is a function of \\(t\\); \\(\P
 Soft labels are added to every margin loss by [`gpo`], the regression target to every \\(\Psi\\) by [`psipo`].
 
 A *pair loss*, an entry of `PREFERENCE_LOSSES`, takes a [`PairBatch`] and returns a `torch.Tensor` of shape `(B,)`.
-Values and gradients are finite up to |r| = 10⁴ nats in float32.
+Values and gradients are finite up to |r| = 10⁴ nats. Half precision is read as float32; beyond 10¹⁹ the squares are
+infinite there, never NaN.
 """
 
 import dataclasses
@@ -87,6 +88,10 @@ class PairBatch:
     everyone: GlobalMargins | None = None
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), torch.Tensor):
+                wide = value.to(torch.promote_types(value.dtype, torch.float32))  # half precision holds no e²⁰
+                object.__setattr__(self, field.name, wide)
         for name in ("chosen", "rejected"):
             if getattr(self, name) is None:
                 difference = getattr(self, f"{name}_logps") - getattr(self, f"ref_{name}_logps")
@@ -225,7 +230,12 @@ def gpo(margin_loss: Callable[[torch.Tensor], torch.Tensor], batch: PairBatch) -
         `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
     t = batch.beta * batch.margin
-    return batch.prob * margin_loss(t) + (1 - batch.prob) * margin_loss(-t)
+    return _weighted(batch.prob, margin_loss(t)) + _weighted(1 - batch.prob, margin_loss(-t))
+
+
+def _weighted(weight: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    """The product, and 0 where `weight` is 0 and the loss infinite."""
+    return torch.where(weight == 0, 0.0, weight * losses)
 
 
 # Ψ: functions of a probability

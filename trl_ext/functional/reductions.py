@@ -1,4 +1,9 @@
-"""Masked and weighted reductions that the estimators share. Statistics are taken in the dtype of the input."""
+"""
+Masked and weighted reductions that the estimators share.
+
+Sums are taken in float64 and the result has the dtype of the values: a finite input gives NaN in no dtype, and an
+infinity only where the result itself is too large for it.
+"""
 
 import torch
 
@@ -16,8 +21,9 @@ def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` (0-d): Mean, in the unit of `values`.
     """
-    total = weights.expand_as(values).sum()
-    return torch.where(total > 0, (values * weights).sum() / total, torch.zeros_like(total))
+    total = weights.expand_as(values).double().sum()
+    mean = (values.double() * weights).sum() / total
+    return torch.where(total > 0, mean, 0.0).to(values.dtype)
 
 
 def whiten(values: torch.Tensor, weights: torch.Tensor, correction: torch.Tensor | float = 0.0) -> torch.Tensor:
@@ -46,12 +52,13 @@ def whiten(values: torch.Tensor, weights: torch.Tensor, correction: torch.Tensor
     >>> whiten(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 1.0]))
     tensor([-1.,  0.,  1.])
     """
+    dtype, values = values.dtype, values.double()
     centred = values - weighted_mean(values, weights)
-    total = weights.expand_as(values).sum()
+    total = weights.expand_as(values).double().sum()
     variance = weighted_mean(centred.square(), weights)
     if correction:
         variance = torch.where(total > correction, variance * total / (total - correction), variance)
-    return centred / (variance + 1e-8).sqrt()
+    return (centred / (variance + 1e-8).sqrt()).to(dtype)
 
 
 def nearly_equal(values: torch.Tensor, where: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
@@ -112,7 +119,7 @@ def reward_to_go(
     if discount not in ("trainable", "all"):
         raise ValueError(f"discount must be 'trainable' or 'all', got {discount!r}.")
     trainable = completion_mask.bool()
-    total = torch.where(trainable, rewards, 0.0)
+    total = torch.where(trainable, rewards, 0.0).double()
     factor = torch.full_like(total, gamma)
     if discount == "trainable":
         factor = factor.masked_fill(~trainable, 1.0)
@@ -124,7 +131,7 @@ def reward_to_go(
         total = total + factor * after
         factor = factor * torch.nn.functional.pad(factor[:, shift:], (0, shift))
         shift *= 2
-    return torch.where(trainable, total, 0.0)
+    return torch.where(trainable, total, 0.0).to(rewards.dtype)
 
 
 def reward_at_end(returns: torch.Tensor, completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import inspect
-import math
 import types
 from functools import partial
 from typing import Any
@@ -16,7 +15,16 @@ from ..functional.preference_losses import BETA_FLOOR, ODPO_FLOOR, PairBatch, ba
 from ..lookup import import_path
 from ..seams import moved
 from .checkpoints import begin_checkpoint, keeping_dtypes, whole_checkpoint
-from .dpo_config import READS_LABEL_SMOOTHING, PairLoss, is_number
+from .data import (
+    checked_number,
+    column_names,
+    datasets_of,
+    require_columns,
+    require_eos,
+    require_numbers,
+    require_texts,
+)
+from .dpo_config import READS_LABEL_SMOOTHING, PairLoss
 from .dpo_config import DPOConfig as DPOConfig
 from .model_card import describing_options
 from .moving_margin import MovingMargin
@@ -62,13 +70,13 @@ class DPOTrainer(_DPOTrainer):
                 self._batch_beta = partial(batch_beta, **options)
         self._columns, self._reference_free = config._columns, config._reference_free
         for name in ("train_dataset", "eval_dataset"):
-            for dataset in _datasets(given.get(name)):
-                self._require_columns(dataset, name)
+            for dataset in datasets_of(given.get(name)):
+                self._check_data(dataset, name)
         during: dict[str, Any] = dict(native) if ours else {}
         if self._reference_free:
             if given.get("ref_model") is not None:
                 raise ValueError(f"loss_type {config.loss_type} reads no reference model; do not pass ref_model.")
-            if not {"image", "images"} & {*_column_names(given.get("train_dataset"))}:
+            if not {"image", "images"} & {*column_names(given.get("train_dataset"))}:
                 during["precompute_ref_log_probs"] = True  # TRL's way of keeping no reference; not for images
         # For TRL's constructor only, so that checkpoints record what the user wrote.
         with _temporarily(config, **during):
@@ -85,13 +93,18 @@ class DPOTrainer(_DPOTrainer):
 
     # Data
 
-    def _require_columns(self, dataset, name: str):
-        for column in self._columns.values():
-            if column not in _column_names(dataset):
-                raise ValueError(f"{name} has no column {column!r}; it has {sorted(_column_names(dataset))}.")
+    def _check_data(self, dataset, name: str):
+        require_columns(dataset, name, [*self._columns.values()])
+        for key, column in self._columns.items():
+            require_numbers(dataset, name, key, column)
+        if self._pair_losses:
+            require_columns(dataset, name, ["chosen", "rejected"])
+            require_texts(dataset, name, ["prompt", "chosen", "rejected"])
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        self._require_columns(dataset, f"The {dataset_name} dataset")
+        self._check_data(dataset, f"The {dataset_name} dataset")
+        if self._pair_losses:
+            require_eos(self._tokenizer)
         # TRL's filter closes over all of `args`, so that a new learning rate would be a new dataset to the cache.
         read = types.SimpleNamespace(
             dataset_num_proc=args.dataset_num_proc, max_length=args.max_length, truncation_mode=args.truncation_mode
@@ -247,16 +260,19 @@ class DPOTrainer(_DPOTrainer):
     # Interruptions
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        return super().train(whole_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+        if self._pair_losses:
+            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with keeping_dtypes(model or self.model) if self._pair_losses else contextlib.nullcontext():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):
-        folder = begin_checkpoint(self, trial)
-        if self._moving_margin is not None and self.args.should_save:  # before what makes the checkpoint whole
-            self._moving_margin.save(folder)
+        if self._pair_losses:
+            folder = begin_checkpoint(self, trial)
+            if self._moving_margin is not None and self.args.should_save:  # before the state makes it whole
+                self._moving_margin.save(folder)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -299,12 +315,7 @@ class _WithColumns:
     def _value(self, key: str, column: str, example: dict[str, Any]) -> float:
         if column not in example:
             raise ValueError(f"The dataset has no column {column!r}; it has {sorted(example)}.")
-        value = example[column]
-        low, high = {"pair_prob": (0.0, 1.0), "pair_weight": (0.0, math.inf)}.get(key, (-math.inf, math.inf))
-        if not is_number(value) or not low <= value <= high:
-            allowed = {"pair_prob": "a number in [0, 1]", "pair_weight": "a finite number >= 0"}
-            raise ValueError(f"Column {column!r} must hold {allowed.get(key, 'finite numbers')}, got {value!r}.")
-        return value
+        return checked_number(key, column, example[column])
 
 
 @contextlib.contextmanager
@@ -317,11 +328,3 @@ def _temporarily(thing, **values):
     finally:
         for name, value in before.items():
             setattr(thing, name, value)
-
-
-def _datasets(given: Any) -> list:
-    return [] if given is None else list(given.values()) if isinstance(given, dict) else [given]
-
-
-def _column_names(dataset: Any) -> list[str]:
-    return getattr(dataset, "column_names", None) or ([] if dataset is None else list(next(iter(dataset))))

@@ -1,7 +1,6 @@
 """The options of our DPO trainer, and what is refused before a model loads."""
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from ..functional.preference_losses import (
     psipo_target,
 )
 from ..lookup import import_path, lookup
+from .data import is_number
 
 TRL_LOSSES = [
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -300,7 +300,3 @@ class DPOConfig(_DPOConfig):
     def _reference_free(self) -> bool:
         native, ours = self._split_losses()
         return bool(ours) and {*native["loss_type"]} <= {"sft"} and {loss.entry for loss in ours} <= REFERENCE_FREE
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

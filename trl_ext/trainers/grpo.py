@@ -19,6 +19,7 @@ from ..functional.reductions import nearly_equal, reward_at_end, weighted_mean
 from ..lookup import import_path, lookup
 from ..seams import moved
 from .checkpoints import begin_checkpoint, keeping_dtypes, resumable, whole_checkpoint
+from .data import datasets_of, require_columns, require_eos, require_texts
 from .kl import BetaTimes, check_kl, exact_kl, kl_choice, last_hidden_states, lm_head
 from .model_card import describing_options
 from .step_rewards import ESTIMATORS as ADVANTAGE_ESTIMATORS
@@ -43,6 +44,11 @@ class _One(int):
 
     def __lt__(self, other: int) -> bool:
         return False
+
+
+def _is_active(config: Any) -> bool:
+    """Whether a config, possibly TRL's own or none, switches on anything that acts on training."""
+    return any(getattr(config, n, None) is not None for n in ("advantage_estimator", "kl_estimator", "kl_placement"))
 
 
 @dataclass
@@ -286,7 +292,15 @@ class GRPOTrainer(_GRPOTrainer):
         if getattr(given.get("args"), "process_reward_model", None) is not None:
             del given["self"]
             args, kwargs = (), with_process_reward_model(given)
+        # What generates in place of the trainer may take other prompts, or none.
+        foreign = given.get("environment_factory") is not None or given.get("rollout_func") is not None
+        checked = _is_active(given.get("args")) and not foreign
+        if checked:
+            self._check_data(given)
         super().__init__(*args, **kwargs)
+        if checked and not self.use_vllm:
+            require_eos(self._tokenizer)
+            self._check_data(given, self._tokenizer)
         for path in self._option("callbacks") or []:
             self.add_callback(import_path(path)())
         if self._kl_choice[1] == "exact" and self.ref_model is None and self._head(None).weight.requires_grad:
@@ -294,6 +308,12 @@ class GRPOTrainer(_GRPOTrainer):
                 "kl_estimator='exact' needs one LM head for policy and reference with PEFT, but this adapter trains "
                 "its own copy (modules_to_save). Leave the head out of it, or use 'k3'."
             )
+
+    def _check_data(self, given: dict[str, Any], tokenizer: Any = None):
+        for name in ("train_dataset", "eval_dataset"):
+            for dataset in datasets_of(given.get(name)):
+                require_columns(dataset, name, ["prompt"])
+                require_texts(dataset, name, ["prompt"], tokenizer)
 
     def _option(self, name: str) -> Any:
         # TRL's plain config, or a trainer built without one, has none of our fields.
@@ -572,7 +592,9 @@ class GRPOTrainer(_GRPOTrainer):
     # Interruptions
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        return super().train(whole_checkpoint(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+        if self._is_ours:
+            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -583,9 +605,10 @@ class GRPOTrainer(_GRPOTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):
-        folder = begin_checkpoint(self, trial)
-        if self._option("kl_target") is not None and self.args.should_save:  # before what makes the checkpoint whole
-            (folder / _CONTROLLER_FILE).write_text(json.dumps({"beta": self.beta}))
+        if self._is_ours:
+            folder = begin_checkpoint(self, trial)
+            if self._option("kl_target") is not None and self.args.should_save:  # before the state makes it whole
+                (folder / _CONTROLLER_FILE).write_text(json.dumps({"beta": self.beta}))
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):

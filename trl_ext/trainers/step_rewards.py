@@ -1,10 +1,9 @@
 """Rewards of reasoning steps: what reward functions return for them, collected from all processes and checked."""
 
+import contextlib
 import functools
-import inspect
 import math
-import numbers
-import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from ..functional.process_rewards import PROCESS_ESTIMATORS, reward_at_steps
 from ..functional.reductions import nearly_equal
 from ..lookup import import_path
 from ..rewards import ProcessRewardModel
+from .returned import Fault, checked_steps, parameters_of, said, values_of
 from .steps import step_texts
 
 ESTIMATORS: dict[str, Any] = _table.ADVANTAGE_ESTIMATORS | PROCESS_ESTIMATORS
@@ -28,9 +28,32 @@ _ONE_PER_COMPLETION = {*ESTIMATORS} - PER_TOKEN
 class _Returned(NamedTuple):
     """What one reward function returned on one process, or the first thing that is wrong with it."""
 
-    plain: bool
-    lists: bool
-    error: str | None
+    plain: bool = False
+    lists: bool = False
+    error: str | None = None
+
+
+class _WhenRead(Sequence):
+    """A list that is made when it is first read: cutting takes time, and most functions of `**kwargs` read no steps."""
+
+    def __init__(self, make: Callable[[], list]):
+        self._make = make
+
+    @functools.cached_property
+    def _list(self) -> list:
+        return self._make()
+
+    def __getitem__(self, index):
+        return self._list[index]
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def __eq__(self, other) -> bool:
+        return self._list == other
+
+    def __repr__(self) -> str:
+        return repr(self._list)
 
 
 class Steps:
@@ -38,8 +61,8 @@ class Steps:
     The steps of one generation batch on this process, and the rewards that functions give them.
 
     A function that returns a list for a completion is a process function; TRL sees the mean over the scored steps in
-    its place. Nothing is raised while the functions run: what is wrong is exchanged between the processes afterwards,
-    so that all of them raise the same error and none is left waiting.
+    its place. With an estimator nothing is raised while the functions run: what is wrong, or what they raise, is
+    exchanged between the processes afterwards, so that all of them raise the same error and none is left waiting.
 
     Args:
         token_ids (`list[list[int]]`):
@@ -60,10 +83,17 @@ class Steps:
         self._masks, self._cut = tool_mask or [None] * len(token_ids), cut
         self._returned: dict[int, list] = {}  # index of a reward function to its step rewards of each completion
         self._kinds: dict[int, _Returned] = {}
+        self._causes: dict[int, Exception] = {}  # what the functions raised on this process
 
     @functools.cached_property
     def _steps(self) -> list[list[list[int]]]:
-        return [self._cut(ids, mask) for ids, mask in zip(self.token_ids, self._masks, strict=True)]
+        steps = []
+        for i, (ids, mask) in enumerate(zip(self.token_ids, self._masks, strict=True)):
+            try:
+                steps.append(self._cut(ids, mask))
+            except Exception as error:
+                raise Fault(f"Completion {i} was not cut into steps: {said(error)}") from error
+        return steps
 
     @functools.cached_property
     def ends(self) -> list[list[int]]:
@@ -76,37 +106,58 @@ class Steps:
     def wrapped(self, index: int, function: Any, name: str) -> Any:
         """`function` for TRL to call, given the steps too; a model, which returns one number, is left as it is."""
         if isinstance(function, torch.nn.Module):
-            self._kinds[index] = _Returned(plain=True, lists=False, error=None)
+            self._kinds[index] = _Returned(plain=True)
             return function
-        try:
-            parameters = inspect.signature(function).parameters
-        except (TypeError, ValueError):  # a builtin does not say what it takes
-            parameters = types.MappingProxyType({})
+        parameters = parameters_of(function)
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        steps = {}
-        for argument, attribute in (("completion_steps", "texts"), ("completion_step_ends", "ends")):
-            if argument in parameters or (takes_any and self.estimator is not None):
-                steps[argument] = getattr(self, attribute)
+
+        def steps() -> dict[str, Sequence]:
+            wanted = {"completion_steps": "texts", "completion_step_ends": "ends"}
+            given: dict[str, Sequence] = {}
+            for key, attribute in wanted.items():
+                if key in parameters:
+                    given[key] = getattr(self, attribute)
+                elif takes_any and self.estimator is not None:
+                    given[key] = _WhenRead(functools.partial(getattr, self, attribute))
+            return given
 
         async def asynchronous(**kwargs):
-            return self._take(index, name, await function(**{**kwargs, **steps}))
+            with self._kept(index, name):
+                return self._take(index, name, await function(**{**kwargs, **steps()}))
+            return [0.0] * len(self.token_ids)
 
         def synchronous(**kwargs):
-            return self._take(index, name, function(**{**kwargs, **steps}))
+            with self._kept(index, name):
+                return self._take(index, name, function(**{**kwargs, **steps()}))
+            return [0.0] * len(self.token_ids)
 
         return asynchronous if is_async_callable(function) else synchronous
 
+    @contextlib.contextmanager
+    def _kept(self, index: int, name: str) -> Iterator[None]:
+        """Keeps for [`agree`] what goes wrong inside; without an estimator it is raised at once, as by TRL."""
+        try:
+            yield
+        except Exception as error:
+            if self.estimator is None:
+                raise
+            message = str(error) if isinstance(error, Fault) else f"Reward function {name!r} raised {said(error)}"
+            self._kinds[index] = _Returned(error=message)
+            if not isinstance(error, Fault):
+                self._causes[index] = error
+
     def _take(self, index: int, name: str, result: Any) -> list:
         """One number per completion for TRL, of whatever a function returned; lists are kept here."""
-        rewards = list(result)
-        values = [reward.tolist() if hasattr(reward, "tolist") else reward for reward in rewards]
+        if self.estimator is None:  # TRL's own errors, but for lists, of which it knows nothing
+            rewards = values = list(result)
+        else:
+            rewards = values = values_of(name, result, len(self.token_ids), self.estimator in _ONE_PER_COMPLETION)
         lists = [isinstance(value, list | tuple) for value in values]
         plain = any(value is not None and not is_list for value, is_list in zip(values, lists, strict=True))
-        self._kinds[index] = _Returned(plain, any(lists), None)
-        if not any(lists) or plain or len(values) != len(self.token_ids):
+        self._kinds[index] = _Returned(plain, any(lists))
+        if not any(lists) or plain or self.estimator is None:
             return [math.nan if is_list else reward for reward, is_list in zip(rewards, lists, strict=True)]
-        self._returned[index], error = _checked(name, values, self.ends)
-        self._kinds[index] = _Returned(plain, True, error)
+        self._returned[index] = checked_steps(name, values, self.ends)
         known = [[value for value in row if value is not None] for row in self._returned[index]]
         return [sum(row) / len(row) if row else math.nan for row in known]
 
@@ -120,12 +171,21 @@ class Steps:
 
         Raises:
             `ValueError`: On every process, if a function returned what it must not, or what the estimator cannot use.
+            `RuntimeError`: On every process, if a function raised something, which is the cause where it did.
         """
-        everywhere: list[dict[int, _Returned]] = gather_object([self._kinds])
         estimator = self.estimator
+        if estimator in PROCESS_ESTIMATORS:
+            with self._kept(0, names[0]):
+                _ = self.ends  # needed later on, also if every function leaves the completions of a process unscored
+        everywhere: list[tuple[dict[int, _Returned], list[int]]] = gather_object([(self._kinds, [*self._causes])])
         process = []
         for index, name in enumerate(names):
-            kinds = [kinds[index] for kinds in everywhere]
+            for rank, (returned, raised) in enumerate(everywhere):
+                if (error := returned[index].error) is not None:
+                    where = f"Process {rank}: " if len(everywhere) > 1 else ""
+                    error_class = RuntimeError if index in raised else ValueError
+                    raise error_class(where + error) from self._causes.get(index)
+            kinds = [returned[index] for returned, _ in everywhere]
             if not any(kind.lists for kind in kinds):
                 continue
             if any(kind.plain for kind in kinds):
@@ -143,11 +203,8 @@ class Steps:
                     f"advantage_estimator={estimator!r} would add up the step rewards of a completion and favour many "
                     "steps. Use 'process_group_relative', or return one number (for example the minimum)."
                 )
-            for kind in kinds:
-                if kind.error is not None:
-                    raise ValueError(kind.error)
             process.append(index)
-        silent = any(not any(kinds[i].plain for kinds in everywhere) for i in range(len(names)))
+        silent = any(not any(returned[i].plain for returned, _ in everywhere) for i in range(len(names)))
         if estimator in PROCESS_ESTIMATORS and not process and not silent:
             raise ValueError(
                 f"advantage_estimator={estimator!r} needs a reward function that returns one list per completion; "
@@ -173,28 +230,6 @@ class Steps:
             rewards += (weights[index].double().cpu() * values).nan_to_num()
             scored |= ~values.isnan()
         return rewards, marks + scored.long()
-
-
-def _checked(name: str, values: list, ends: list[list[int]]) -> tuple[list[list[float | None]], str | None]:
-    """Step rewards with `None` for those not scored, and the first thing that is wrong with them."""
-    rewards: list[list[float | None]] = []
-    for i, (row, steps) in enumerate(zip(values, ends, strict=True)):
-        row = [None] * len(steps) if row is None else list(row)
-        if len(row) != len(steps):
-            return [[None] * len(e) for e in ends], (
-                f"Reward function {name!r} returned {len(row)} step rewards for completion {i}, which has "
-                f"{len(steps)} steps. Return one number per entry of completion_steps[{i}], and None for a step that "
-                "cannot be scored."
-            )
-        row = [value.tolist() if hasattr(value, "tolist") else value for value in row]
-        for j, value in enumerate(row):
-            if value is not None and (not isinstance(value, numbers.Real) or math.isinf(value)):
-                return [[None] * len(e) for e in ends], (
-                    f"Reward function {name!r} returned {value!r} for step {j} of completion {i}; a step reward is a "
-                    "finite number or None."
-                )
-        rewards.append([None if value is None or math.isnan(value) else float(value) for value in row])
-    return rewards, None
 
 
 # Of all processes

@@ -1,0 +1,91 @@
+"""What is wrong with a data set or a tokenizer, said before training begins and on all processes alike."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset
+
+
+def datasets_of(given: Any) -> list:
+    """The data sets in an argument of a trainer: none, one, or the values of a dictionary."""
+    return [] if given is None else list(given.values()) if isinstance(given, dict) else [given]
+
+
+def column_names(dataset: Any) -> list[str]:
+    """Names of the columns; those of the first row where a data set does not know them."""
+    return getattr(dataset, "column_names", None) or ([] if dataset is None else list(next(iter(dataset), {})))
+
+
+def require_columns(dataset: Any, name: str, columns: list[str]) -> None:
+    """Refuses a data set without one of `columns`; `name` stands for it in the sentence."""
+    for column in columns:
+        if column not in column_names(dataset):
+            raise ValueError(f"{name} has no column {column!r}; it has {sorted(column_names(dataset))}.")
+
+
+def require_texts(dataset: Any, name: str, columns: list[str], tokenizer: Any = None) -> None:
+    """
+    Refuses rows in which one of `columns` is neither a text nor a conversation.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Data. Columns that it does not have are left out.
+        name (`str`):
+            What the sentence calls it.
+        columns (`list[str]`):
+            Columns to read.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Refuse also a text that it turns into no token at all.
+    """
+    empty_is_no_token = tokenizer is not None and not tokenizer("")["input_ids"]
+    for column in columns:
+        for row, value in _rows(dataset, column):
+            if not isinstance(value, str | list) or value == []:
+                raise ValueError(
+                    f"Column {column!r} must hold texts or conversations, got {value!r}{_place(row, name)}."
+                )
+            if empty_is_no_token and value == "":
+                raise ValueError(
+                    f"Column {column!r} must hold texts of at least one token, got {value!r}{_place(row, name)}. "
+                    "Remove the row."
+                )
+
+
+def require_numbers(dataset: Any, name: str, key: str, column: str) -> None:
+    """Refuses rows in which `column`, read as `key` of a pair, holds what [`checked_number`] does not take."""
+    for row, value in _rows(dataset, column):
+        checked_number(key, column, value, _place(row, name))
+
+
+def checked_number(key: str, column: str, value: Any, where: str = "") -> float:
+    """`value`, if it is a finite number in the range of `key`: a probability, a weight, or a reward."""
+    low, high = {"pair_prob": (0.0, 1.0), "pair_weight": (0.0, math.inf)}.get(key, (-math.inf, math.inf))
+    if not is_number(value) or not low <= value <= high:
+        allowed = {"pair_prob": "a number in [0, 1]", "pair_weight": "a finite number >= 0"}
+        raise ValueError(f"Column {column!r} must hold {allowed.get(key, 'finite numbers')}, got {value!r}{where}.")
+    return value
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_eos(tokenizer: Any) -> None:
+    """Refuses a tokenizer that does not know how a text ends."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no end-of-sequence token, so that no completion could end. Set tokenizer.eos_token and "
+            "pass it as processing_class."
+        )
+
+
+def _place(row: int, name: str) -> str:
+    return f" in row {row} of {name.replace('The', 'the')}"
+
+
+def _rows(dataset: Any, column: str) -> Iterator[tuple[int, Any]]:
+    """Rows of a column; none of a stream, which cannot be read twice, or of rows that are made when they are read."""
+    if isinstance(dataset, Dataset) and column in dataset.column_names and dataset.format["type"] != "custom":
+        batches = dataset.select_columns([column]).with_format(None).iter(batch_size=1000)
+        yield from enumerate(value for batch in batches for value in batch[column])
