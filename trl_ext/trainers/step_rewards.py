@@ -34,7 +34,7 @@ class _Returned(NamedTuple):
 
 
 class _WhenRead(Sequence):
-    """A list that is made when it is first read: cutting takes time, and most functions of `**kwargs` read no steps."""
+    """A list that is made when it is first read: cutting takes time, and most functions read no steps."""
 
     def __init__(self, make: Callable[[], list]):
         self._make = make
