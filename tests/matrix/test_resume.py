@@ -26,6 +26,7 @@ from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 
 OURS = (GRPOTrainer, GRPOConfig)
 TRLS = (trl.GRPOTrainer, trl.GRPOConfig)
+ON = {"GRPO": {"advantage_estimator": "group_relative"}, "DPO": {"loss_type": ["psipo_identity"]}}
 STEPS = 10
 QUICK = [("full", "adaptive beta"), ("full", "process rewards"), ("adapter", "k1 in the reward")]
 QUICK += [("4-bit", "REINFORCE++"), ("full", "IPO, soft labels"), ("4-bit", "β-DPO")]
@@ -210,8 +211,8 @@ def test_half_a_checkpoint_that_is_named_is_refused_in_a_sentence(killed, tiny_m
 def test_a_run_killed_in_its_first_checkpoint_is_told_to_start_anew(killed, tiny_model, tmp_path):
     shutil.copytree(killed / "after_the_weights" / "checkpoint-4", tmp_path / "checkpoint-4")
     for trainer in (
-        tiny.build(*OURS, tiny_model, tmp_path),
-        tiny_dpo.build(DPOTrainer, DPOConfig, tiny_model, tmp_path),
+        tiny.build(*OURS, tiny_model, tmp_path, **ON["GRPO"]),
+        tiny_dpo.build(DPOTrainer, DPOConfig, tiny_model, tmp_path, **ON["DPO"]),
     ):
         with pytest.warns(UserWarning, match="checkpoint-4 is passed over"), pytest.raises(ValueError) as error:
             trainer.train(resume_from_checkpoint=True)
@@ -224,7 +225,7 @@ def test_a_run_killed_in_its_first_checkpoint_is_told_to_start_anew(killed, tiny
 @pytest.mark.parametrize("kind", ["GRPO", "DPO"])
 def test_a_checkpoint_that_is_written_over_is_not_whole_before_its_end(tiny_model, tmp_path, monkeypatch, kind):
     builder, classes = (tiny.build, OURS) if kind == "GRPO" else (tiny_dpo.build, (DPOTrainer, DPOConfig))
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **ON[kind]}
     builder(*classes, tiny_model, tmp_path, **options).train()
     trainer = builder(*classes, tiny_model, tmp_path, **options)
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda folder: 1 / 0)
@@ -232,6 +233,16 @@ def test_a_checkpoint_that_is_written_over_is_not_whole_before_its_end(tiny_mode
         trainer.train()
     assert not (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+
+
+def test_with_nothing_switched_on_checkpoints_are_upstreams(tiny_model, tmp_path, monkeypatch):
+    refuse = lambda *args: pytest.fail("ours was asked")  # noqa: E731
+    for module in ("grpo", "dpo"):
+        for name in ("begin_checkpoint", "whole_checkpoint"):
+            monkeypatch.setattr(f"trl_ext.trainers.{module}.{name}", refuse)
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    tiny.train(*OURS, tiny_model, tmp_path / "grpo", **options)
+    tiny_dpo.build(DPOTrainer, DPOConfig, tiny_model, tmp_path / "dpo", **options).train()
 
 
 def test_what_is_ours_is_written_before_what_makes_a_checkpoint_whole(tiny_model, tmp_path, monkeypatch):
