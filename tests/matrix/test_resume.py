@@ -25,6 +25,7 @@ from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 
 OURS = (GRPOTrainer, GRPOConfig)
+ON = {"GRPO": {"advantage_estimator": "group_mean"}, "DPO": {"loss_type": ["gpo_logistic"]}}  # with nothing on, TRL's
 TRLS = (trl.GRPOTrainer, trl.GRPOConfig)
 STEPS = 10
 QUICK = [("full", "adaptive beta"), ("full", "process rewards"), ("adapter", "k1 in the reward")]
@@ -209,10 +210,9 @@ def test_half_a_checkpoint_that_is_named_is_refused_in_a_sentence(killed, tiny_m
 
 def test_a_run_killed_in_its_first_checkpoint_is_told_to_start_anew(killed, tiny_model, tmp_path):
     shutil.copytree(killed / "after_the_weights" / "checkpoint-4", tmp_path / "checkpoint-4")
-    for trainer in (
-        tiny.build(*OURS, tiny_model, tmp_path),
-        tiny_dpo.build(DPOTrainer, DPOConfig, tiny_model, tmp_path),
-    ):
+    grpo = tiny.build(*OURS, tiny_model, tmp_path, **ON["GRPO"])
+    dpo = tiny_dpo.build(DPOTrainer, DPOConfig, tiny_model, tmp_path, **ON["DPO"])
+    for trainer in (grpo, dpo):
         with pytest.warns(UserWarning, match="checkpoint-4 is passed over"), pytest.raises(ValueError) as error:
             trainer.train(resume_from_checkpoint=True)
         assert str(error.value) == (
@@ -224,7 +224,7 @@ def test_a_run_killed_in_its_first_checkpoint_is_told_to_start_anew(killed, tiny
 @pytest.mark.parametrize("kind", ["GRPO", "DPO"])
 def test_a_checkpoint_that_is_written_over_is_not_whole_before_its_end(tiny_model, tmp_path, monkeypatch, kind):
     builder, classes = (tiny.build, OURS) if kind == "GRPO" else (tiny_dpo.build, (DPOTrainer, DPOConfig))
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **ON[kind]}
     builder(*classes, tiny_model, tmp_path, **options).train()
     trainer = builder(*classes, tiny_model, tmp_path, **options)
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda folder: 1 / 0)
@@ -250,4 +250,4 @@ def test_what_is_ours_is_written_before_what_makes_a_checkpoint_whole(tiny_model
 
 def test_where_there_is_no_checkpoint_the_trainer_says_so_itself(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
-        tiny.build(*OURS, tiny_model, tmp_path).train(resume_from_checkpoint=True)
+        tiny.build(*OURS, tiny_model, tmp_path, **ON["GRPO"]).train(resume_from_checkpoint=True)
