@@ -140,7 +140,7 @@ LOOPS = {
     "gpo_logistic": mixture(minus_log_sigmoid),
     "gpo_hinge": mixture(lambda t: max(0.0, 1 - t)),
     "gpo_squared": mixture(lambda t: (1 - t) ** 2),
-    "gpo_exponential": mixture(lambda t: math.exp(-t)),
+    "gpo_exponential": mixture(lambda t: math.exp(-t) if t >= -20 else math.exp(20) * (1 - t - 20)),  # its tangent
     "gpo_truncated_quadratic": mixture(lambda t: max(0.0, 1 - t) ** 2),
     "gpo_savage": mixture(lambda t: sigmoid(-t) ** 2),
     "rpo_sq": lambda w, r, p, b, delta, **_: (b * (w - r) - delta) ** 2,

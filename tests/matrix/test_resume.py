@@ -25,6 +25,7 @@ from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 
 OURS = (GRPOTrainer, GRPOConfig)
+ON = {"GRPO": {"advantage_estimator": "group_mean"}, "DPO": {"loss_type": ["gpo_logistic"]}}  # with nothing on, TRL's
 TRLS = (trl.GRPOTrainer, trl.GRPOConfig)
 ON = {"GRPO": {"advantage_estimator": "group_relative"}, "DPO": {"loss_type": ["psipo_identity"]}}
 STEPS = 10
@@ -261,4 +262,4 @@ def test_what_is_ours_is_written_before_what_makes_a_checkpoint_whole(tiny_model
 
 def test_where_there_is_no_checkpoint_the_trainer_says_so_itself(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
-        tiny.build(*OURS, tiny_model, tmp_path).train(resume_from_checkpoint=True)
+        tiny.build(*OURS, tiny_model, tmp_path, **ON["GRPO"]).train(resume_from_checkpoint=True)
