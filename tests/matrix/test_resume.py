@@ -25,7 +25,6 @@ from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 
 OURS = (GRPOTrainer, GRPOConfig)
-ON = {"GRPO": {"advantage_estimator": "group_mean"}, "DPO": {"loss_type": ["gpo_logistic"]}}  # with nothing on, TRL's
 TRLS = (trl.GRPOTrainer, trl.GRPOConfig)
 ON = {"GRPO": {"advantage_estimator": "group_relative"}, "DPO": {"loss_type": ["psipo_identity"]}}
 STEPS = 10
