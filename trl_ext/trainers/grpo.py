@@ -326,7 +326,7 @@ class GRPOTrainer(_GRPOTrainer):
     @property
     def _is_ours(self) -> bool:
         """Whether training is not TRL's, bit for bit."""
-        return self._option("advantage_estimator") is not None or self._kl_choice[0] is not None
+        return _is_active(getattr(self, "args", None))
 
     # Scoring
 
