@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network, no telemetry
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -8,6 +9,12 @@ if not any("tests/gpu" in argument for argument in sys.argv):
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
+
+_TESTS = Path(__file__).parent
+# For the processes that tests start: the package under test, the recipes and the helpers.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(_TESTS.parent), str(_TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 @pytest.fixture(scope="session")

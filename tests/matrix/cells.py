@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tiny
-import tiny_dpo
+import tiny.dpo as tiny_dpo
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig

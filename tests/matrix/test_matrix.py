@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import tiny_dpo
+import tiny.dpo as tiny_dpo
 import torch
 from cells import DPO, FEATURES, TEMPERATURE, WEIGHTS, base_state, build, load, log_probs, trainable
 from plain_peft import probe

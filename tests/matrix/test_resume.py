@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-import tiny_dpo
+import tiny.dpo as tiny_dpo
 import torch
 import trl
 from cells import FEATURES, GRPO, WEIGHTS, build, trainable

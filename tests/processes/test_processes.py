@@ -1,27 +1,16 @@
 """Two processes compute what one computes on the same global batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import launch
 import pytest
 import torch
-from two_processes import BATCH, CASES, REFUSED, run
+import two_processes
+from two_processes import BATCH, CASES, REFUSED
 
 
 @pytest.fixture(scope="module")
 def one_and_two(tiny_model, tmp_path_factory):
     """Results of one process, and of each of two gloo processes."""
-    folder = tmp_path_factory.mktemp("processes")
-    script = Path(__file__).parent / "two_processes.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, str(script), tiny_model, str(folder), "2"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run(tiny_model, folder, 1), [torch.load(folder / f"{rank}of2.pt") for rank in (0, 1)]
+    return launch.one_and_two(two_processes, tiny_model, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("case", CASES)

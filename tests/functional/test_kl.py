@@ -161,7 +161,7 @@ def test_k3_in_the_reward_vanishes_near_the_reference():
 
 
 def test_the_documentation_shows_the_enumerated_table():
-    page = Path(__file__).parent.parent / "docs/methods/kl.md"
+    page = Path(__file__).parents[2] / "docs/methods/kl.md"
     assert table() in page.read_text()
 
 

@@ -11,7 +11,7 @@ import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import logged, weights
-from tiny_dpo import build, pairs
+from tiny.dpo import build, pairs
 
 from trl_ext.functional.preference_losses import (
     GlobalMargins,

@@ -4,7 +4,7 @@ import pytest
 import torch
 import trl
 from tiny import logged, weights
-from tiny_dpo import build, pairs, save_moe
+from tiny.dpo import build, pairs, save_moe
 
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.dpo_config import TRL_LOSSES

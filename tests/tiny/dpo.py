@@ -5,8 +5,9 @@ import gc
 import torch
 import trl.trainer.dpo_trainer  # noqa: F401
 from datasets import Dataset
-from tiny import CHARACTERS
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from tiny import CHARACTERS
 
 gc.freeze()  # each training run collects garbage: not among all that the imports made
 

@@ -163,4 +163,4 @@ def draw(path):
 
 if __name__ == "__main__":
     print(table())
-    draw(Path(__file__).parent.parent / "docs/methods/kl.png")
+    draw(Path(__file__).parents[2] / "docs/methods/kl.png")

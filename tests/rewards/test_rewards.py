@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_grpo import OURS
 from tiny import logged
 from transformers import (
     AutoModelForCausalLM,
@@ -17,8 +16,9 @@ from transformers import (
 
 from recipes.clock import task
 from trl_ext.rewards import ProcessRewardModel
-from trl_ext.trainers.grpo import GRPOConfig
+from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 
+OURS = (GRPOTrainer, GRPOConfig)
 CLOCK = Path(task.__file__).parent / "model"
 PROMPTS = ["4 a+3 b-5:", "8 a+5:", "1 a+1:"]
 STEPS = [["a4+3=7\n", "b7-5=2\n\n", "#2"], ["a8+5=3\n"], []]

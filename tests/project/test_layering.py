@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "trl_ext"
+PACKAGE = Path(__file__).parents[2] / "trl_ext"
 HEAVY = {"trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes"}
 LAYERS = ["functional", "lookup", "seams", "trainers", "registration", "cli"]  # each may import those before it
 SEES_TRL = {"seams", "trainers", "rewards", "registration", "cli", "__main__"}

@@ -11,7 +11,7 @@ import torch
 import trl
 from datasets import Dataset
 from tiny import weights
-from tiny_dpo import build, pairs
+from tiny.dpo import build, pairs
 
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 

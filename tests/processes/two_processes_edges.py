@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-import tiny_dpo
+import tiny.dpo as tiny_dpo
 import torch
 import trl
 from datasets import Dataset

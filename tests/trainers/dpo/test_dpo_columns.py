@@ -6,7 +6,7 @@ import torch
 import trl
 from datasets import Dataset
 from tiny import logged
-from tiny_dpo import build, pairs
+from tiny.dpo import build, pairs
 from transformers import AutoTokenizer
 
 from trl_ext.trainers import dpo as dpo_module

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
-import tiny_dpo
+import tiny.dpo as tiny_dpo
 import torch
 import trl
 from datasets import Dataset

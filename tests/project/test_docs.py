@@ -18,7 +18,7 @@ from trl_ext.lookup import import_path
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")])
 KINDS = {"grpo": (GRPOScriptArguments, GRPOConfig), "dpo": (ScriptArguments, DPOConfig)}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -7,7 +7,7 @@ import torch
 import trl
 from tiny import build as build_grpo
 from tiny import digits
-from tiny_dpo import adapter, build, noisy, pairs
+from tiny.dpo import adapter, build, noisy, pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer

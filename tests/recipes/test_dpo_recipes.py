@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_dpo import pairs
+from tiny.dpo import pairs
 
 import trl_ext
 from recipes.clock.accuracy import read_rows
@@ -18,7 +18,7 @@ from recipes.clock.task import outcome_reward
 from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
 from trl_ext.trainers.dpo import DPOConfig
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 DPO_RECIPES = ["ipo.yaml", "ipo_quickstart.yaml", "psipo_soft_labels.yaml", "rpo.yaml"]
 
 

@@ -1,13 +1,10 @@
 """Preference training in two processes is preference training in one on the same global batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import launch
 import pytest
 import torch
-from two_processes_dpo import CASES, SAME, run, write_rows
+import two_processes_dpo
+from two_processes_dpo import CASES, SAME, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +12,7 @@ def one_and_two(tiny_model, tmp_path_factory):
     """Results of one process, and of each of two gloo processes."""
     folder = tmp_path_factory.mktemp("processes")
     write_rows(folder)
-    script = Path(__file__).parent / "two_processes_dpo.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, str(script), tiny_model, str(folder), "2"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run(tiny_model, folder, 1), [torch.load(folder / f"{rank}of2.pt") for rank in (0, 1)]
+    return launch.one_and_two(two_processes_dpo, tiny_model, folder)
 
 
 OF_PAIRS = ("loss/", "logratios/", "margins/", "rewards/", "logps/", "beta_dpo/")  # means over pairs, not over tokens

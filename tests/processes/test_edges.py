@@ -1,37 +1,23 @@
 """Two processes, launched by a config of `recipes/accelerate`, where the batches do not come out even."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
+import two_processes_edges
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from two_processes_edges import DPO, GRPO, run
+from two_processes_edges import DPO, GRPO
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
+RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(scope="module")
 def one_and_two(tiny_model, tmp_path_factory):
     """Results of one process, and of each of two gloo processes."""
-    folder = tmp_path_factory.mktemp("processes")
-    script = Path(__file__).parent / "two_processes_edges.py"
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "ddp.yaml")]
-    launch += ["--mixed_precision", "no", "--main_process_port", port]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*launch, str(script), tiny_model, str(folder), "2"],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run(tiny_model, folder, 1), [torch.load(folder / f"{rank}of2.pt") for rank in (0, 1)]
+    launcher = ["--config_file", str(RECIPES / "ddp.yaml"), "--mixed_precision", "no"]
+    return launch.one_and_two(two_processes_edges, tiny_model, tmp_path_factory.mktemp("processes"), launcher)
 
 
 def same_for_all(entry):

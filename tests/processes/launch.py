@@ -1,0 +1,39 @@
+"""Starts a worker script as two gloo processes, and runs it as one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def one_and_two(worker, model: str, folder: Path, launcher: list[str] | None = None) -> tuple:
+    """
+    The results of `worker.run`, a module with a script of that name, in this process, and those of each of two.
+
+    Args:
+        worker (module):
+            Has `run(model, folder, world_size)`, and as a script saves each process's result as `<rank>of2.pt`.
+        model (`str`):
+            Path of the tiny model.
+        folder (`pathlib.Path`):
+            Where the results go.
+        launcher (`list[str]`, *optional*):
+            Arguments of `accelerate launch`. Default: torch's own launcher.
+    """
+    if launcher is None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    else:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = str(free.getsockname()[1])
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", port]
+    done = subprocess.run(
+        [*command, worker.__file__, model, str(folder), "2"],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return worker.run(model, folder, 1), [torch.load(folder / f"{rank}of2.pt") for rank in (0, 1)]
