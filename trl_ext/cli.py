@@ -135,7 +135,7 @@ def _env(argv: list[str]) -> int:
     if not args.check:
         return 0
 
-    from .seams import CHECKS
+    from .upstream import CHECKS
 
     print("Places of TRL that trl_ext leans on:\n")
     failed = 0

@@ -9,7 +9,7 @@ import warnings
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from .seams import check_parameters
+from .upstream import check_parameters
 
 # TRL's public name → our module that defines a subclass of that name. Nothing else has to know about a new entry.
 _NAMES = {

@@ -236,7 +236,7 @@ def test_the_overview_and_an_unknown_command_bear_our_name(capsys):
 
 
 def test_env_adds_our_version_and_checks_the_seams_on_request(capsys, monkeypatch):
-    monkeypatch.setattr("trl_ext.seams.CHECKS", {"a place": lambda: None})
+    monkeypatch.setattr("trl_ext.upstream.CHECKS", {"a place": lambda: None})
     assert cli.main(["env"]) == 0
     printed = capsys.readouterr().out
     assert f"- TRL version: {trl.__version__}" in printed
@@ -247,7 +247,7 @@ def test_env_adds_our_version_and_checks_the_seams_on_request(capsys, monkeypatc
     def moved():
         raise RuntimeError("it moved")
 
-    monkeypatch.setattr("trl_ext.seams.CHECKS", {"a place": moved})
+    monkeypatch.setattr("trl_ext.upstream.CHECKS", {"a place": moved})
     assert cli.main(["env", "--check"]) == 1
     assert "- a place: FAILED: it moved\n" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ from trl_ext.functional.preference_losses import (
     moving_statistics,
 )
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
-from trl_ext.trainers.moving_margin import MovingMargin
+from trl_ext.trainers.dpo.beta_dpo import MovingMargin
 
 F64 = torch.float64
 OURS = (DPOTrainer, DPOConfig)

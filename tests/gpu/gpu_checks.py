@@ -21,8 +21,8 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen3Confi
 from trl_ext.functional.kl import KL_ESTIMATORS, kl_in_loss
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
-from trl_ext.trainers.kl import Head, exact_kl
-from trl_ext.trainers.step_rewards import ESTIMATORS
+from trl_ext.trainers.grpo.kl import Head, exact_kl
+from trl_ext.trainers.grpo.step_rewards import ESTIMATORS
 
 
 class Size(NamedTuple):

@@ -55,7 +55,7 @@ def second(function, then=None):
 
 
 def before_the_controller(trainer):
-    trl_ext.trainers.grpo.begin_checkpoint = second(trl_ext.trainers.grpo.begin_checkpoint)
+    trl_ext.trainers.grpo.trainer.begin_checkpoint = second(trl_ext.trainers.grpo.trainer.begin_checkpoint)
 
 
 def after_the_controller(trainer):

@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "trl_ext"
 HEAVY = {"trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes"}
-LAYERS = ["functional", "lookup", "seams", "trainers", "registration", "cli"]  # each may import those before it
-SEES_TRL = {"seams", "trainers", "rewards", "registration", "cli", "__main__"}
+LAYERS = ["functional", "lookup", "upstream", "trainers", "registration", "cli"]  # each may import those before it
+SEES_TRL = {"upstream", "trainers", "rewards", "registration", "cli", "__main__"}
 
 
 def imports(path: Path):

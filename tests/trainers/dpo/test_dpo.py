@@ -7,7 +7,7 @@ from tiny import logged, weights
 from tiny.dpo import build, pairs, save_moe
 
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
-from trl_ext.trainers.dpo_config import TRL_LOSSES
+from trl_ext.trainers.dpo.config import TRL_LOSSES
 
 OURS = (DPOTrainer, DPOConfig)
 TRLS = (trl.DPOTrainer, trl.DPOConfig)

@@ -9,8 +9,8 @@ from tiny import logged
 from tiny.dpo import build, pairs
 from transformers import AutoTokenizer
 
-from trl_ext.trainers import dpo as dpo_module
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
+from trl_ext.trainers.dpo import trainer as dpo_module
 
 COLUMNS = {
     "preference_prob_column": "p",

@@ -9,7 +9,7 @@ import trl
 
 from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
 from trl_ext.trainers.dpo import DPOConfig
-from trl_ext.trainers.dpo_config import SAME_AS_TRL, TRL_LOSSES
+from trl_ext.trainers.dpo.config import SAME_AS_TRL, TRL_LOSSES
 
 REWARDS = {"chosen_reward_column": "good", "rejected_reward_column": "bad"}
 IPO = {"loss_type": ["psipo_identity"]}

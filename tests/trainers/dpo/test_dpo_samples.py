@@ -10,9 +10,9 @@ from tiny import digits
 from tiny.dpo import adapter, build, noisy, pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_ext.rewards.implicit_reward import ImplicitReward
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
-from trl_ext.trainers.implicit_reward import ImplicitReward
-from trl_ext.trainers.sampled import SampledMetrics
+from trl_ext.trainers.dpo.samples import SampledMetrics
 
 BETA = 0.3
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_ext.functional.kl import adapted_beta, k1, k2, k3
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
-from trl_ext.trainers.kl import BetaTimes, Head, exact_kl
+from trl_ext.trainers.grpo.kl import BetaTimes, Head, exact_kl
 
 OURS = (GRPOTrainer, GRPOConfig)
 TRLS = (trl.GRPOTrainer, trl.GRPOConfig)

@@ -507,5 +507,7 @@ def reads_no_steps(completions, **kwargs):
 
 
 def test_completions_are_not_cut_for_functions_that_read_no_steps(train, monkeypatch):
-    monkeypatch.setattr("trl_ext.trainers.grpo.segment", lambda *a: pytest.fail("a completion was cut into steps"))
+    monkeypatch.setattr(
+        "trl_ext.trainers.grpo.trainer.segment", lambda *a: pytest.fail("a completion was cut into steps")
+    )
     train(*OURS, advantage_estimator="reinforce_plus_plus", reward_funcs=reads_no_steps, max_steps=1)

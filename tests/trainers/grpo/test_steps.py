@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trl_ext.trainers.steps import segment, step_texts
+from trl_ext.trainers.grpo.steps import segment, step_texts
 
 MAX = settings(max_examples=300, deadline=None)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..functional.preference_losses import GlobalMargins, moving_statistics
+from ...functional.preference_losses import GlobalMargins, moving_statistics
 
 _FILE = "beta_dpo.json"
 

@@ -12,9 +12,9 @@ import torch
 from accelerate.utils import is_peft_model
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from ..functional.kl import KL_ESTIMATORS
-from ..lookup import lookup
-from ..seams import moved
+from ...functional.kl import KL_ESTIMATORS
+from ...lookup import lookup
+from ...upstream import UpstreamChanged
 
 RIGHT_ESTIMATOR = {"loss": "k3", "reward": "k1"}
 
@@ -168,7 +168,7 @@ class BetaTimes(float):
     def _times(self, theirs: torch.Tensor) -> torch.Tensor:
         ours = self._per_token_kl()
         if theirs.shape != ours.shape:
-            raise moved(f"beta is multiplied by a tensor of shape {tuple(theirs.shape)} in the loss")
+            raise UpstreamChanged(f"beta is multiplied by a tensor of shape {tuple(theirs.shape)} in the loss")
         self.penalties.append(ours)
         return float(self) * ours
 
@@ -207,7 +207,7 @@ def lm_head(model: torch.nn.Module) -> Head:
         scale, softcap = values["logit_scale"], values["final_logit_softcapping"]
         in_float32 = values["cast_lm_head_to_fp32"]
     except KeyError as error:
-        raise moved(f"add_fused_lm_head has no {error}") from error
+        raise UpstreamChanged(f"add_fused_lm_head has no {error}") from error
     head = base.get_output_embeddings()
     return Head(head.weight, head.bias, scale, softcap, in_float32)
 

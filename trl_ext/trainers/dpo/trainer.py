@@ -11,11 +11,10 @@ import torch
 from datasets.fingerprint import Hasher
 from trl.trainer.dpo_trainer import DPOTrainer as _DPOTrainer
 
-from ..functional.preference_losses import BETA_FLOOR, ODPO_FLOOR, PairBatch, batch_beta
-from ..lookup import import_path
-from ..seams import moved
-from .checkpoints import begin_checkpoint, keeping_dtypes, whole_checkpoint
-from .data import (
+from ...functional.preference_losses import BETA_FLOOR, ODPO_FLOOR, PairBatch, batch_beta
+from ...lookup import import_path
+from ...upstream import UpstreamChanged
+from ..input_checks import (
     checked_number,
     column_names,
     datasets_of,
@@ -24,10 +23,11 @@ from .data import (
     require_numbers,
     require_texts,
 )
-from .dpo_config import READS_LABEL_SMOOTHING, PairLoss
-from .dpo_config import DPOConfig as DPOConfig
-from .model_card import describing_options
-from .moving_margin import MovingMargin
+from ..interruptions import begin_checkpoint, keeping_dtypes, whole_checkpoint
+from ..model_card import describing_options
+from .beta_dpo import MovingMargin
+from .config import READS_LABEL_SMOOTHING, PairLoss
+from .config import DPOConfig as DPOConfig
 
 
 class DPOTrainer(_DPOTrainer):
@@ -43,7 +43,7 @@ class DPOTrainer(_DPOTrainer):
     `beta_dpo` `beta_dpo/beta` of the batch, `beta_dpo/clamped`, whether that is at its floor, and the moving mean and
     standard deviation that the batch was compared with, `beta_dpo/moving_mean` and `beta_dpo/moving_std` (nats). None
     of these is a KL: the completions were not sampled from the policy.
-    [`~trl_ext.trainers.sampled.SampledMetrics`] measures that.
+    [`~trl_ext.trainers.dpo.samples.SampledMetrics`] measures that.
     """
 
     _pair_losses: tuple[PairLoss, ...] = ()
@@ -253,7 +253,7 @@ class DPOTrainer(_DPOTrainer):
         means = dict(zip(columns, self.accelerator.gather(table.T.contiguous()).mean(0).tolist(), strict=True))
         ours, theirs = means.pop("logps/chosen"), metrics["logps/chosen"][-1]
         if abs(ours - theirs) > 1e-3 * abs(theirs) + 1e-6:
-            raise moved(f"the mean log-prob of the chosen completions is {theirs} there, {ours} here")
+            raise UpstreamChanged(f"the mean log-prob of the chosen completions is {theirs} there, {ours} here")
         for name, mean in means.items():
             metrics[name].append(mean)
 

@@ -4,13 +4,15 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+_STATE_FILE = "trl_ext_state.json"
 
 
 def begin_checkpoint(trainer: Any, trial: Any) -> Path:
@@ -103,3 +105,47 @@ def keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if parameter.dtype != before.get(name, parameter.dtype):
             parameter.data = parameter.data.to(before[name])
+
+
+class Interruptible:
+    """
+    The methods of `Trainer` around a checkpoint, so that a run that was stopped goes on as if it had not been. Stands
+    before TRL's trainer among the bases, and knows no algorithm. Where `_is_ours` is `False`, each method is TRL's.
+    """
+
+    args: Any
+    model: Any
+    _is_ours: bool
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What goes on in this run besides weights, optimizer and data: numbers and lists, for JSON."""
+        return {}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The counterpart, when a checkpoint is read."""
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if self._is_ours:
+            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with keeping_dtypes(model or self.model) if self._is_ours else nullcontext():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model, trial):
+        if self._is_ours:
+            folder, state = begin_checkpoint(self, trial), self.get_extra_state()
+            if state and self.args.should_save:  # before the trainer's own state makes the folder whole
+                (folder / _STATE_FILE).write_text(json.dumps(state))
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None or not (state := self.get_extra_state()):
+            return
+        path = Path(checkpoint, _STATE_FILE)
+        if path.exists():
+            self.set_extra_state(json.loads(path.read_text()))
+        else:
+            warnings.warn(f"{checkpoint} has no {_STATE_FILE}; these start anew: {sorted(state)}.", stacklevel=2)

@@ -31,14 +31,16 @@ PARAMETERS = {
 }  # fmt: skip
 
 
-def moved(what: str) -> RuntimeError:
-    """The error for a place of TRL that is not as expected."""
-    import trl
+class UpstreamChanged(RuntimeError):
+    """A part of TRL that trl_ext depends on is not as expected; `what` is not, in a clause."""
 
-    return RuntimeError(
-        f"TRL {trl.__version__} is not laid out as trl_ext expects: {what}. Install a TRL version that trl_ext was "
-        "tested with (see constraints.txt), or report this."
-    )
+    def __init__(self, what: str):
+        import trl
+
+        super().__init__(
+            f"TRL {trl.__version__} is not laid out as trl_ext expects: {what}. Install a TRL version that trl_ext "
+            "was tested with (see constraints.txt), or report this."
+        )
 
 
 def check_parameters(owner: Any) -> None:
@@ -50,10 +52,10 @@ def check_parameters(owner: Any) -> None:
             continue
         function = getattr(owner, attribute, None)
         if function is None:
-            raise moved(f"{path} is gone")
+            raise UpstreamChanged(f"{path} is gone")
         found = tuple(inspect.signature(function).parameters)
         if found[: len(expected)] != expected:
-            raise moved(f"{path} takes {found}, expected {expected} first")
+            raise UpstreamChanged(f"{path} takes {found}, expected {expected} first")
 
 
 def _parameters(path: str) -> None:
@@ -65,7 +67,7 @@ def _parameters(path: str) -> None:
         module, _, name = place.rpartition(".")
         owner = getattr(importlib.import_module(module), name, None)
     if owner is None:
-        raise moved(f"{place} is gone")
+        raise UpstreamChanged(f"{place} is gone")
     check_parameters(owner if inspect.ismodule(owner) else _of_trl(owner))
 
 
@@ -79,7 +81,7 @@ def _kl_product() -> None:
 
     found = inspect.getsource(_of_trl(GRPOTrainer)._compute_loss).count("self.beta * per_token_kl")
     if found != 1:
-        raise moved(f"GRPOTrainer._compute_loss has {found} products `self.beta * per_token_kl`, expected 1")
+        raise UpstreamChanged(f"GRPOTrainer._compute_loss has {found} products `self.beta * per_token_kl`, expected 1")
 
 
 def _lazy_names() -> None:
@@ -87,14 +89,14 @@ def _lazy_names() -> None:
 
     for place in (trl, trl.trainer):
         if not hasattr(type(place), "__getattr__"):
-            raise moved(f"{place.__name__} is no lazy module any more")
+            raise UpstreamChanged(f"{place.__name__} is no lazy module any more")
 
 
 def _launcher() -> None:
     from trl.cli.commands.training import TrainingCommand
 
     if "import launch_training_script" not in inspect.getsource(TrainingCommand.run):
-        raise moved("TrainingCommand.run does not look up launch_training_script when it is called")
+        raise UpstreamChanged("TrainingCommand.run does not look up launch_training_script when it is called")
 
 
 def _one_generation_batch() -> None:
@@ -109,18 +111,22 @@ def _one_generation_batch() -> None:
         output = trainer._generate_and_score_completions([{"prompt": "a"}] * 4)
         scored = calls["_calculate_rewards"]
         if len(scored) != 1 or scored[0].shape != (4, 1):
-            raise moved("_calculate_rewards is not called once per generation batch, with (N, functions) as result")
+            raise UpstreamChanged(
+                "_calculate_rewards is not called once per generation batch, with (N, functions) as result"
+            )
         shape = output["completion_ids"].shape
         for name in ("completion_mask", "old_per_token_logps", "ref_per_token_logps"):
             if output[name].shape != shape:
-                raise moved(f"{name!r} of _generate_and_score_completions is not of the shape of 'completion_ids'")
+                raise UpstreamChanged(
+                    f"{name!r} of _generate_and_score_completions is not of the shape of 'completion_ids'"
+                )
         if output["advantages"].shape != shape[:1]:
-            raise moved("'advantages' of _generate_and_score_completions is not one number per completion")
+            raise UpstreamChanged("'advantages' of a scored batch is not one number per completion")
         logps = calls["_get_per_token_logps_and_entropies"]
         logps.clear()
         trainer._compute_loss(trainer.model, output)
         if len(logps) != 1 or len(logps[0]) != 3 or logps[0][0].shape != shape:
-            raise moved("_compute_loss does not take log-probs, entropies and auxiliary loss from one call")
+            raise UpstreamChanged("_compute_loss does not take log-probs, entropies and auxiliary loss from one call")
 
 
 def _recorded(function: Callable, results: list) -> Callable:

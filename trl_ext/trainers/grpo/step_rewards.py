@@ -10,13 +10,13 @@ import torch
 from accelerate.utils import gather_object
 from trl.trainer.utils import is_async_callable
 
-from ..functional import advantages as _table
-from ..functional.advantages import group_relative
-from ..functional.process_rewards import PROCESS_ESTIMATORS, reward_at_steps
-from ..functional.reductions import nearly_equal
-from ..lookup import import_path
-from ..rewards import ProcessRewardModel
-from .returned import Fault, checked_steps, parameters_of, said, values_of
+from ...functional import advantages as _table
+from ...functional.advantages import group_relative
+from ...functional.process_rewards import PROCESS_ESTIMATORS, reward_at_steps
+from ...functional.reductions import nearly_equal
+from ...lookup import import_path
+from ...rewards import ProcessRewardModel
+from .reward_calls import Fault, checked_steps, parameters_of, said, values_of
 from .steps import step_texts
 
 ESTIMATORS: dict[str, Any] = _table.ADVANTAGE_ESTIMATORS | PROCESS_ESTIMATORS

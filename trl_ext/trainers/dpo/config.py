@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from trl.trainer.dpo_config import DPOConfig as _DPOConfig
 
-from ..functional.preference_losses import (
+from ...functional.preference_losses import (
     MARGIN_TARGETS,
     MEAN_BY_DEFAULT,
     PREFERENCE_LOSSES,
@@ -22,8 +22,8 @@ from ..functional.preference_losses import (
     psipo,
     psipo_target,
 )
-from ..lookup import import_path, lookup
-from .data import is_number
+from ...lookup import import_path, lookup
+from ..input_checks import is_number
 
 TRL_LOSSES = [
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -80,7 +80,8 @@ class DPOConfig(_DPOConfig):
             Keyword arguments per entry of `loss_type`, such as `{"psipo_logit": {"eps": 0.01}}`.
         callbacks (`list[str]`, *optional*):
             Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments.
-            One with an attribute `trainer`, such as `trl_ext.trainers.sampled.SampledMetrics`, is given the trainer.
+            One with an attribute `trainer`, such as `trl_ext.trainers.dpo.samples.SampledMetrics`, is given the
+            trainer.
     """
 
     _VALID_DICT_FIELDS = [*_DPOConfig._VALID_DICT_FIELDS, "loss_kwargs"]

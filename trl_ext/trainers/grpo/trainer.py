@@ -14,14 +14,14 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_config import GRPOConfig as _GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 
-from ..functional.kl import KL_ESTIMATORS, SATURATION, adapted_beta, k1, k2, k3, kl_in_loss
-from ..functional.reductions import nearly_equal, reward_at_end, weighted_mean
-from ..lookup import import_path, lookup
-from ..seams import moved
-from .checkpoints import begin_checkpoint, keeping_dtypes, resumable, whole_checkpoint
-from .data import datasets_of, require_columns, require_eos, require_texts
+from ...functional.kl import KL_ESTIMATORS, SATURATION, adapted_beta, k1, k2, k3, kl_in_loss
+from ...functional.reductions import nearly_equal, reward_at_end, weighted_mean
+from ...lookup import import_path, lookup
+from ...upstream import UpstreamChanged
+from ..input_checks import datasets_of, require_columns, require_eos, require_texts
+from ..interruptions import begin_checkpoint, keeping_dtypes, resumable, whole_checkpoint
+from ..model_card import describing_options
 from .kl import BetaTimes, check_kl, exact_kl, kl_choice, last_hidden_states, lm_head
-from .model_card import describing_options
 from .step_rewards import ESTIMATORS as ADVANTAGE_ESTIMATORS
 from .step_rewards import (
     NEEDS_SIBLINGS,
@@ -339,7 +339,7 @@ class GRPOTrainer(_GRPOTrainer):
         estimator = self._option("advantage_estimator")
         lengths = [len(mask) for mask in self._tool_mask or completion_ids_list]
         if lengths != [len(ids) for ids in completion_ids_list]:
-            raise moved("_generate does not return the tool mask third")
+            raise UpstreamChanged("_generate does not return the tool mask third")
         tokenizer = getattr(self, "_tokenizer", None)  # needed only where steps are cut
         self._steps = Steps(completion_ids_list, self._tool_mask, estimator, self._cut, tokenizer)
         functions, names = self.reward_funcs, self.reward_func_names
@@ -377,7 +377,7 @@ class GRPOTrainer(_GRPOTrainer):
             # TRL has just run the reference over this batch; the loss needs its hidden states, not another pass.
             found = [hidden for logps, hidden in calls if logps is output["ref_per_token_logps"]]
             if len(found) != 1:
-                raise moved("scoring does not return the log-probs of the reference as computed")
+                raise UpstreamChanged("scoring does not return the log-probs of the reference as computed")
             output["ref_hidden_states"] = found[0].clone()
         if self._option("advantage_estimator") is not None:
             self._replace_advantages(output)
@@ -386,7 +386,7 @@ class GRPOTrainer(_GRPOTrainer):
     def _replace_advantages(self, output):
         """Puts our advantages in place of TRL's: `(B,)` or `(B, T)`, local rows."""
         if self._rewards_per_func is None:
-            raise moved("_calculate_rewards is not called while scoring")
+            raise UpstreamChanged("_calculate_rewards is not called while scoring")
         mode, name = "train" if self.model.training else "eval", self.args.advantage_estimator
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         local_mask = output["completion_mask"] * output.get("tool_mask", 1)
@@ -542,7 +542,7 @@ class GRPOTrainer(_GRPOTrainer):
             self.beta, self._log_prob_calls = beta, None
         if placement == "loss":
             if len(in_loss.penalties) != 1 or len(calls) != 1:
-                raise moved("the loss does not multiply beta by the KL per token exactly once")
+                raise UpstreamChanged("the loss does not multiply beta by the KL per token exactly once")
             logps = calls[0][0].detach()
             old = inputs.get("old_per_token_logps")
             old = logps if old is None else old

@@ -1,0 +1,3 @@
+"""Reward functions: process-reward models, and the reward that a policy implies."""
+
+from .process_reward_model import ProcessRewardModel as ProcessRewardModel
