@@ -119,7 +119,7 @@ REFUSED = {
     "not cut": {
         "reward_funcs": by_step,
         "advantage_estimator": "process_group_relative",
-        "step_function": "two_processes.no_ends_on_the_last_process",
+        "step_ends_function": "two_processes.no_ends_on_the_last_process",
     },
 }
 

@@ -51,7 +51,7 @@ def test_registration_names_the_place_that_moved_and_the_version(change, message
 def test_no_field_of_ours_is_a_field_of_trl():
     theirs = trl.GRPOConfig.__dataclass_fields__
     ours = GRPOConfig.__dataclass_fields__.keys() - theirs.keys()
-    assert ours >= {"advantage_estimator", "advantage_kwargs", "kl_estimator", "kl_placement", "callbacks"}
+    assert ours >= {"advantage_estimator", "advantage_kwargs", "kl_estimator", "kl_placement", "callback_paths"}
     declared = {name for name in GRPOConfig.__annotations__ if not name.startswith("_")}
     assert declared == ours, "a field of ours exists in TRL's config"
 

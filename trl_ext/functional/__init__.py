@@ -1,1 +1,3 @@
-"""Pure functions of tensors: torch and the standard library, no TRL, no processes, no state."""
+"""The mathematics: functions of tensors that know torch and nothing else."""
+
+from .advantages import ADVANTAGE_ESTIMATORS as ADVANTAGE_ESTIMATORS

@@ -1,68 +1,35 @@
-"""
-Advantage estimators: from the token rewards of a generation batch to what the loss multiplies with the ratio.
+r"""
+Advantage estimators: from the rewards of a generation batch to what the loss multiplies with the ratio.
 
-Every reward is a token reward: an outcome sits on the last trainable token of its completion, a KL penalty on every
-trainable token. All estimators share one signature,
+An estimator is a function of a [`~trl_ext.functional.rewards.RewardBatch`] and its own options, and returns a
+`torch.Tensor` of shape `(N,)` or `(N, T)` in the dtype of `batch.outcome`: 0 in rows that cannot learn, or, with one
+number per token, at tokens that cannot.
 
-    (rewards, scored, completion_mask, num_generations, *, kl_penalty=None, **options) -> (N,) or (N, T)
-
-with `rewards`, `scored` and `completion_mask` of shape `(N, T)`, T ≥ 1, rows of one prompt adjacent, over the whole
-generation batch of all processes. `scored` marks where a reward was given (0 is a reward); a row without any is
-*unscorable*: it is left out of every statistic and gets the advantage 0. `kl_penalty`, if given, is what was already
-subtracted in `rewards`. Statistics are taken in float64; the result has the dtype of `rewards` and is 0 at untrainable
-tokens, or, for one number per completion, in rows without trainable tokens.
-
-Symbols: \\(S_i\\) sum of the token rewards of row \\(i\\), \\(\\bar S_g\\) its mean over the scorable rows of the
-prompt, \\(G\\) `num_generations`, \\(n_i\\) trainable tokens of row \\(i\\).
+Symbols: \\(r_{i,t}\\) token reward of row \\(i\\), the KL penalty subtracted; \\(p_{i,t}\\) that penalty; \\(S_i\\)
+sum of the token rewards of row \\(i\\), \\(\bar S_g\\) its mean over the scorable rows of the prompt, \\(G\\)
+`num_generations`, \\(n_i\\) trainable tokens of row \\(i\\), \\(m\\) the mask.
 """
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from .reductions import nearly_equal, reward_to_go, weighted_mean, whiten
-
-_KL_NOISE = (
-    "All outcome rewards {} are equal while the KL is in the reward; advantages are centred but not scaled, because "
-    "scaling would amplify KL noise."
+from .process_rewards import step_advantages
+from .reductions import is_constant
+from .reinforce import (
+    KL_NOISE,
+    above_the_group,
+    reinforce,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    rewards_to_go,
 )
+from .rewards import RewardBatch
 
 
-def _scorable(scored: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-    """Rows that were given a reward, `(N,)` bool. Warns if no token of the batch can learn anything."""
-    scorable = scored.any(1)
-    if not (scorable & completion_mask.bool().any(1)).any():
-        warnings.warn(
-            "No completion of the batch has both a reward and a trainable token; all advantages are 0.", stacklevel=3
-        )
-    return scorable
-
-
-def _centred_returns(
-    rewards: torch.Tensor, scorable: torch.Tensor, num_generations: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns S, S − group mean (0 if unscorable) and scorable, each `(prompts, G)`; the first two in float64."""
-    returns = rewards.double().sum(1).view(-1, num_generations)
-    valid = scorable.view(-1, num_generations)
-    count = valid.sum(1, keepdim=True).clamp(min=1)
-    mean = returns.where(valid, 0.0).sum(1, keepdim=True) / count
-    return returns, (returns - mean).where(valid, 0.0), valid
-
-
-def _per_completion(advantages: torch.Tensor, rewards: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-    """`(prompts, G)` to `(N,)` in the dtype of `rewards`, 0 in rows without trainable tokens."""
-    return advantages.flatten().where(completion_mask.bool().any(1), 0.0).to(rewards.dtype)
-
-
-def group_relative(
-    rewards: torch.Tensor,
-    scored: torch.Tensor,
-    completion_mask: torch.Tensor,
-    num_generations: int,
-    *,
-    kl_penalty: torch.Tensor | None = None,
-) -> torch.Tensor:
+def group_relative(batch: RewardBatch) -> torch.Tensor:
     r"""
     Return relative to the siblings, in units of their standard deviation (GRPO).
 
@@ -73,34 +40,26 @@ def group_relative(
     `G = 2` the size of the gap is erased (±0.707). A group of one gets 0.
 
     Args:
-        rewards, scored, completion_mask, num_generations, kl_penalty:
-            See the module. In a group whose returns are equal without the KL, the deviation is not divided by the
-            standard deviation, which is that of the KL alone.
+        batch ([`RewardBatch`]):
+            Rewards. In a group whose returns are equal without the KL, the deviation is not divided by the standard
+            deviation, which is that of the KL alone.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: Dimensionless advantages.
     """
-    scorable = _scorable(scored, completion_mask)
-    _, centred, valid = _centred_returns(rewards, scorable, num_generations)
-    degrees = (valid.sum(1, keepdim=True) - 1).clamp(min=1)
+    centred, scorable = batch.centred(batch.rewards), batch.group(batch.scorable)
+    degrees = (scorable.sum(1, keepdim=True) - 1).clamp(min=1)
     scale = (centred.square().sum(1, keepdim=True) / degrees).sqrt() + 1e-4
-    if kl_penalty is not None:
-        outcome, *_ = _centred_returns(rewards.double() + kl_penalty, scorable, num_generations)
-        kl_only = nearly_equal(outcome, valid, dim=1) & (centred != 0).any(1, keepdim=True)
+    if batch.kl_penalty is not None:
+        outcomes = batch.group(batch.without_kl.sum(1))
+        kl_only = is_constant(outcomes, scorable, dim=1) & (centred != 0).any(1, keepdim=True)
         if kl_only.any():
-            warnings.warn(_KL_NOISE.format("of a group"), stacklevel=2)
+            warnings.warn(KL_NOISE.format("of a group"), stacklevel=2)
         scale = scale.masked_fill(kl_only, 1.0)
-    return _per_completion(centred / scale, rewards, completion_mask)
+    return batch.per_completion(centred / scale)
 
 
-def group_mean(
-    rewards: torch.Tensor,
-    scored: torch.Tensor,
-    completion_mask: torch.Tensor,
-    num_generations: int,
-    *,
-    kl_penalty: torch.Tensor | None = None,
-) -> torch.Tensor:
+def group_mean(batch: RewardBatch) -> torch.Tensor:
     r"""
     Return minus the mean of the group.
 
@@ -110,24 +69,16 @@ def group_mean(
     the expected policy gradient is \\((G-1)/G\\) times the true one; no other bias.
 
     Args:
-        rewards, scored, completion_mask, num_generations, kl_penalty:
-            See the module. `kl_penalty` is not needed.
+        batch ([`RewardBatch`]):
+            Rewards.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: Advantages, in the unit of the reward.
     """
-    _, centred, _ = _centred_returns(rewards, _scorable(scored, completion_mask), num_generations)
-    return _per_completion(centred, rewards, completion_mask)
+    return batch.per_completion(batch.centred(batch.rewards))
 
 
-def leave_one_out(
-    rewards: torch.Tensor,
-    scored: torch.Tensor,
-    completion_mask: torch.Tensor,
-    num_generations: int,
-    *,
-    kl_penalty: torch.Tensor | None = None,
-) -> torch.Tensor:
+def leave_one_out(batch: RewardBatch) -> torch.Tensor:
     r"""
     Return minus the mean of the *other* completions of the prompt (RLOO).
 
@@ -137,25 +88,17 @@ def leave_one_out(
     one. A row without scorable sibling gets 0.
 
     Args:
-        rewards, scored, completion_mask, num_generations, kl_penalty:
-            See the module. `kl_penalty` is not needed.
+        batch ([`RewardBatch`]):
+            Rewards.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: Advantages, in the unit of the reward.
     """
-    _, centred, valid = _centred_returns(rewards, _scorable(scored, completion_mask), num_generations)
-    count = valid.sum(1, keepdim=True)
-    return _per_completion(centred * count / (count - 1).clamp(min=1), rewards, completion_mask)
+    count = batch.group(batch.scorable).sum(1, keepdim=True)
+    return batch.per_completion(batch.centred(batch.rewards) * count / (count - 1).clamp(min=1))
 
 
-def length_weighted(
-    rewards: torch.Tensor,
-    scored: torch.Tensor,
-    completion_mask: torch.Tensor,
-    num_generations: int,
-    *,
-    kl_penalty: torch.Tensor | None = None,
-) -> torch.Tensor:
+def length_weighted(batch: RewardBatch) -> torch.Tensor:
     r"""
     Return minus the length-weighted mean of the group (OPO).
 
@@ -166,191 +109,160 @@ def length_weighted(
     with weight \\(n_i/\sum_j n_j\\).
 
     Args:
-        rewards, scored, completion_mask, num_generations, kl_penalty:
-            See the module. `kl_penalty` is not needed.
+        batch ([`RewardBatch`]):
+            Rewards.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: Advantages, in the unit of the reward.
     """
-    returns, _, valid = _centred_returns(rewards, _scorable(scored, completion_mask), num_generations)
-    length = completion_mask.bool().sum(1).view(-1, num_generations).where(valid, 0)
+    returns, scorable = batch.group(batch.rewards.sum(1)), batch.group(batch.scorable)
+    length = batch.group(batch.mask.bool().sum(1)).where(scorable, 0)
     baseline = (length * returns).sum(1, keepdim=True) / length.sum(1, keepdim=True).clamp(min=1)
-    return _per_completion((returns - baseline).where(valid, 0.0), rewards, completion_mask)
+    return batch.per_completion((returns - baseline).where(scorable, 0.0))
 
 
-def reinforce(
-    rewards: torch.Tensor,
-    scored: torch.Tensor,
-    completion_mask: torch.Tensor,
-    num_generations: int,
+def process_group_relative(
+    batch: RewardBatch,
     *,
-    kl_penalty: torch.Tensor | None = None,
-    gamma: float = 1.0,
-    discount: str = "trainable",
+    credit: str = "sum",
+    temperature: float = 0.1,
+    process_weight: float = 1.0,
+    outcome_weight: float = 1.0,
 ) -> torch.Tensor:
     r"""
-    Reward-to-go without baseline (REINFORCE): unbiased, and of the largest variance of all.
+    Steps relative to all steps of the siblings, and outcomes relative to theirs (GRPO with process supervision).
 
-    $$ A_{i,t} = G_{i,t} = m_{i,t}\,\big(r_{i,t} + \gamma\,G_{i,t'}\big) $$
+    $$ A_{i,t} = m_{i,t}\,\big(w_{\mathrm{process}}\,C(\{\tilde r_{i,j} : \mathrm{index}(j) \ge t\})
+       + w_{\mathrm{outcome}}\,A^{\mathrm{outcome}}_i\big) $$
 
-    Williams, 1992 (https://doi.org/10.1007/BF00992696). See [`~trl_ext.functional.reductions.reward_to_go`].
-
-    Args:
-        rewards, scored, completion_mask, num_generations, kl_penalty:
-            See the module. `num_generations` and `kl_penalty` are not needed.
-        gamma (`float`, *optional*, defaults to `1.0`):
-            Discount per token, in (0, 1].
-        discount (`str`, *optional*, defaults to `"trainable"`):
-            Which tokens discount: `"trainable"` ones only, or `"all"`.
-
-    Returns:
-        `torch.Tensor` of shape `(N, T)`: Advantages, in the unit of the reward.
-    """
-    scorable = _scorable(scored, completion_mask)
-    trainable = completion_mask.bool() & scorable[:, None]
-    return reward_to_go(rewards.double(), trainable, gamma, discount).to(rewards.dtype)
-
-
-def _normalised(
-    values: torch.Tensor,
-    outcome: torch.Tensor | None,
-    trainable: torch.Tensor,
-    weighting: str,
-    correction: int,
-    norm: str,
-) -> torch.Tensor:
-    """Centre `values` `(N, T)` over the trainable tokens and, unless `outcome` is constant there, whiten them."""
-    if weighting not in ("token", "sequence"):
-        raise ValueError(f"weighting must be 'token' or 'sequence', got {weighting!r}.")
-    if norm not in ("whiten", "center"):
-        raise ValueError(f"norm must be 'whiten' or 'center', got {norm!r}.")
-    if correction not in (0, 1):
-        raise ValueError(f"correction must be 0 (biased variance) or 1 (Bessel's), got {correction!r}.")
-    weights = trainable.to(values)
-    if weighting == "sequence":
-        weights = weights / weights.sum(1, keepdim=True).clamp(min=1.0)
-    if norm == "whiten" and outcome is not None and nearly_equal(outcome, trainable, dim=(0, 1)):
-        warnings.warn(_KL_NOISE.format("of the batch"), stacklevel=3)
-        norm = "center"
-    values = whiten(values, weights, correction) if norm == "whiten" else values - weighted_mean(values, weights)
-    return values.where(trainable, 0.0)
-
-
-def reinforce_plus_plus(
-    rewards: torch.Tensor,
-    scored: torch.Tensor,
-    completion_mask: torch.Tensor,
-    num_generations: int,
-    *,
-    kl_penalty: torch.Tensor | None = None,
-    weighting: str = "token",
-    correction: int = 0,
-    norm: str = "whiten",
-    gamma: float = 1.0,
-    discount: str = "trainable",
-) -> torch.Tensor:
-    r"""
-    Reward-to-go, normalised over all trainable tokens of the global batch (REINFORCE++).
-
-    $$ A_{i,t} = m_{i,t}\,\frac{G_{i,t}-\mu}{\sqrt{\sigma^2+10^{-8}}},\qquad
-       \mu=\frac1n\sum m\,G,\qquad \sigma^2=\frac1n\sum m\,(G-\mu)^2 $$
-
-    Hu et al., 2025, v9 Eq. 4–5 (https://huggingface.co/papers/2501.03262); any `num_generations` ≥ 1. Their appendix
-    B.2 sets the advantage to 0 before the last token, against their Eq. 4; this follows Eq. 4. Bias: the common factor
-    1/σ, whose error vanishes with the batch. Dividing by σ divides a KL in the reward too: its effective coefficient
-    is β/σ.
+    Shao et al., 2024, §4.1.3 (https://huggingface.co/papers/2402.03300), where \\(C\\) is the sum and there are no
+    outcomes. The first term is [`~trl_ext.functional.process_rewards.step_advantages`], the second [`group_relative`].
+    Each source has its own baseline and scale: pooled, the spread of the step rewards would set that of the outcomes.
 
     Args:
-        rewards, scored, completion_mask, num_generations, kl_penalty:
-            See the module. If the reward-to-go without the KL is constant over the batch, it is centred but not
-            scaled. `num_generations` is not needed.
-        weighting (`str`, *optional*, defaults to `"token"`):
-            Weight of a token in μ and σ: `"token"` (1) or `"sequence"` (\\(1/n_i\\), so that every completion counts
-            the same).
-        correction (`int`, *optional*, defaults to `0`):
-            0: biased variance. 1: Bessel's, over tokens, or over rows with `weighting="sequence"`.
-        norm (`str`, *optional*, defaults to `"whiten"`):
-            `"whiten"`, or `"center"` to subtract μ only (a batch-mean baseline).
-        gamma (`float`, *optional*, defaults to `1.0`):
-            Discount per token, in (0, 1].
-        discount (`str`, *optional*, defaults to `"trainable"`):
-            Which tokens discount: `"trainable"` ones only, or `"all"`.
+        batch ([`RewardBatch`]):
+            Rewards of steps, and of outcomes if there are any. No `kl_penalty`, which belongs to no step.
+        credit, temperature:
+            As for `step_advantages`.
+        process_weight, outcome_weight (`float`, *optional*, default to `1.0`):
+            The two weights.
 
     Returns:
-        `torch.Tensor` of shape `(N, T)`: Dimensionless advantages (in the unit of the reward with `norm="center"`).
+        `torch.Tensor` of shape `(N, T)`: Dimensionless advantages.
+
+    Raises:
+        `ValueError`: If there are no step rewards, if there is a KL penalty, or if an option is out of range.
     """
-    trainable = completion_mask.bool() & _scorable(scored, completion_mask)[:, None]
-    values = reward_to_go(rewards.double(), trainable, gamma, discount)
-    outcome = None
-    if kl_penalty is not None:
-        outcome = reward_to_go(rewards.double() + kl_penalty, trainable, gamma, discount)
-    return _normalised(values, outcome, trainable, weighting, correction, norm).to(rewards.dtype)
+    if batch.steps is None or batch.steps_scored is None:
+        raise ValueError("process_group_relative needs step rewards; set steps and steps_scored of the batch.")
+    if batch.kl_penalty is not None:
+        raise ValueError("process_group_relative takes no kl_penalty, which belongs to no step. Put it into the loss.")
+    rewards = batch.steps.to(batch.outcome.dtype)
+    of_steps = step_advantages(
+        rewards, batch.steps_scored, batch.mask, batch.num_generations, credit=credit, temperature=temperature
+    )
+    return process_weight * of_steps + _of_outcomes(batch, outcome_weight)
 
 
-def reinforce_plus_plus_baseline(
-    rewards: torch.Tensor,
-    scored: torch.Tensor,
-    completion_mask: torch.Tensor,
-    num_generations: int,
-    *,
-    kl_penalty: torch.Tensor | None = None,
-    weighting: str = "token",
-    correction: int = 0,
-    norm: str = "whiten",
-    gamma: float = 1.0,
-) -> torch.Tensor:
-    r"""
-    Reward-to-go minus the group's mean outcome, normalised over all trainable tokens of the global batch.
+def _of_outcomes(batch: RewardBatch, outcome_weight: float) -> torch.Tensor:
+    """What outcomes contribute to [`process_group_relative`], `(N, T)`."""
+    if not batch.outcome_scored.any():
+        return torch.zeros_like(batch.outcome)
+    per_row = group_relative(batch.outcomes_alone())
+    return outcome_weight * per_row[:, None] * batch.mask.to(per_row)
 
-    $$ x_{i,t} = G_{i,t} - b_g,\qquad b_g = \mathrm{mean}_{j\in g} \sum_t (r_{j,t} + p_{j,t}),\qquad
-       A_{i,t} = m_{i,t}\,\frac{x_{i,t}-\mu}{\sqrt{\sigma^2+10^{-8}}} $$
 
-    Hu et al., 2025, v9 Eq. 6–8 (REINFORCE++ w/ baseline, https://huggingface.co/papers/2501.03262). The group mean
-    excludes the KL penalty \\(p\\) and includes the row itself. A row without scorable sibling gets 0.
+def _share_of_steps(batch: RewardBatch, advantages: torch.Tensor, **options: Any) -> dict[str, float]:
+    """The share of the steps in the sum of |A| of steps and of outcomes, before adding; NaN if that is 0."""
+    of_outcomes = _of_outcomes(batch, options.get("outcome_weight", 1.0))
+    sizes = (advantages - of_outcomes).abs().sum(), of_outcomes.abs().sum()
+    return {"process/advantage_share": (sizes[0] / (sizes[0] + sizes[1])).item()}
+
+
+class Estimator(NamedTuple):
+    """
+    One row of `ADVANTAGE_ESTIMATORS`: every fact about a method.
 
     Args:
-        rewards, scored, completion_mask, num_generations, kl_penalty, weighting, correction, norm:
-            As for [`reinforce_plus_plus`].
-        gamma (`float`, *optional*, defaults to `1.0`):
-            Only 1.0: the baseline is an undiscounted return.
-
-    Returns:
-        `torch.Tensor` of shape `(N, T)`: Dimensionless advantages (in the unit of the reward with `norm="center"`).
+        function (`Callable`):
+            Function of a [`RewardBatch`] and options given by name.
+        per_token (`bool`, *optional*, defaults to `False`):
+            Whether it returns `(N, T)`, else `(N,)`. `None`: either, as its shape tells.
+        siblings (`bool`, *optional*, defaults to `False`):
+            Whether it compares completions of a prompt, and needs `num_generations` ≥ 2.
+        steps (`str`, *optional*, defaults to `"refused"`):
+            Step rewards: `"refused"`, `"added"` to the token rewards, or `"needed"`.
+        baseline (`bool`, *optional*, defaults to `False`):
+            Whether it needs the reward of a greedy answer.
+        values (`bool`, *optional*, defaults to `False`):
+            Whether it needs a critic.
+        on_policy (`bool`, *optional*, defaults to `False`):
+            Whether it is derived for completions of the very policy that learns.
+        kl_placement (`str`, *optional*):
+            Where its paper puts the KL, `"loss"` or `"reward"`.
+        std (`Callable`, *optional*):
+            What it divides by, a function of the same arguments: turns β into `kl/effective_beta`.
+        metrics (`Callable`, *optional*):
+            Function of batch, advantages and options: further numbers to log.
+        method, paper (`str`, *optional*):
+            Its name in a model card, and key in `trl_ext.papers.PAPERS`. Empty: those of TRL's trainer.
     """
-    if gamma != 1.0:
-        raise ValueError(
-            f"gamma must be 1.0 for 'reinforce_plus_plus_baseline', whose baseline is an undiscounted return, got "
-            f"{gamma!r}. Use 'reinforce_plus_plus' to discount."
-        )
-    scorable = _scorable(scored, completion_mask)
-    undiscounted = rewards.double() if kl_penalty is None else rewards.double() + kl_penalty
-    returns, centred, valid = _centred_returns(undiscounted, scorable, num_generations)
-    baseline = (returns - centred).flatten()[:, None]
-    # Recentring over the batch would hand a row without sibling −μ/σ although nothing is known about it.
-    compared = (valid & (valid.sum(1, keepdim=True) > 1)).flatten()
-    trainable = completion_mask.bool() & compared[:, None]
-    values = (reward_to_go(rewards.double(), trainable) - baseline).where(trainable, 0.0)
-    outcome = None
-    if kl_penalty is not None:
-        outcome = (reward_to_go(undiscounted, trainable) - baseline).where(trainable, 0.0)
-    return _normalised(values, outcome, trainable, weighting, correction, norm).to(rewards.dtype)
+
+    function: Callable[..., torch.Tensor]
+    per_token: bool | None = False
+    siblings: bool = False
+    steps: str = "refused"
+    baseline: bool = False
+    values: bool = False
+    on_policy: bool = False
+    kl_placement: str | None = None
+    std: Callable[..., torch.Tensor] | None = None
+    metrics: Callable[..., dict[str, float]] | None = None
+    method: str = ""
+    paper: str = ""
 
 
-ADVANTAGE_ESTIMATORS: dict[str, Any] = {
-    "group_relative": group_relative,
-    "group_mean": group_mean,
-    "leave_one_out": leave_one_out,
-    "length_weighted": length_weighted,
-    "reinforce": reinforce,
-    "reinforce_plus_plus": reinforce_plus_plus,
-    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
+    "group_relative": Estimator(group_relative, siblings=True),
+    "group_mean": Estimator(
+        group_mean, siblings=True, method="GRPO with mean-only advantages (Dr. GRPO)", paper="dr_grpo"
+    ),
+    "leave_one_out": Estimator(
+        leave_one_out, siblings=True, method="GRPO with leave-one-out advantages (RLOO)", paper="rloo"
+    ),
+    "length_weighted": Estimator(
+        length_weighted,
+        siblings=True,
+        on_policy=True,
+        method="GRPO with a length-weighted baseline (OPO)",
+        paper="opo",
+    ),
+    "reinforce": Estimator(reinforce, per_token=True, steps="added", method="REINFORCE", paper="reinforce"),
+    "reinforce_plus_plus": Estimator(
+        reinforce_plus_plus,
+        per_token=True,
+        steps="added",
+        kl_placement="reward",
+        std=lambda batch, **options: rewards_to_go(batch, **options).std,
+        method="REINFORCE++",
+        paper="reinforce_plus_plus",
+    ),
+    "reinforce_plus_plus_baseline": Estimator(
+        reinforce_plus_plus_baseline,
+        per_token=True,
+        siblings=True,
+        steps="added",
+        std=lambda batch, **options: above_the_group(batch, **options).std,
+        method="REINFORCE++ with baseline",
+        paper="reinforce_plus_plus",
+    ),
+    "process_group_relative": Estimator(
+        process_group_relative,
+        per_token=True,
+        siblings=True,
+        steps="needed",
+        metrics=_share_of_steps,
+        method="GRPO with process rewards",
+        paper="deepseekmath",
+    ),
 }
-# Entries that compare completions of one prompt, and entries that return `(N, T)`.
-NEEDS_SIBLINGS = {
-    "group_relative",
-    "group_mean",
-    "leave_one_out",
-    "length_weighted",
-    "reinforce_plus_plus_baseline",
-}
-PER_TOKEN = {"reinforce", "reinforce_plus_plus", "reinforce_plus_plus_baseline"}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-SATURATION = 20.0  # nats; e²⁰ ≈ 4.9e8
+from .reductions import SATURATION
 
 
 def _with_gradient(value: torch.Tensor, slope: torch.Tensor, per_token_logps: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ def kl_in_loss(
     return torch.where(mask, penalty, 0.0)
 
 
-def adapted_beta(beta: float, kl: float, target: float, num_completions: int, horizon: float = 10_000.0) -> float:
+def next_beta(beta: float, kl: float, target: float, num_completions: int, horizon: float = 10_000.0) -> float:
     r"""
     Coefficient of the KL after some completions, moved towards the one at which the KL is `target`:
 
@@ -190,7 +190,7 @@ def adapted_beta(beta: float, kl: float, target: float, num_completions: int, ho
 
     Example:
 
-    >>> round(adapted_beta(0.1, kl=0.2, target=0.1, num_completions=256), 6)
+    >>> round(next_beta(0.1, kl=0.2, target=0.1, num_completions=256), 6)
     0.100512
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)

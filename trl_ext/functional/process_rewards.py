@@ -1,51 +1,14 @@
 """
 Process rewards: one number per reasoning step, turned into one advantage per token.
 
-A step's reward sits on the last token of the step. Shapes and meaning of `rewards`, `scored`, `completion_mask` and
-`num_generations` are those of `functional.advantages`; here `rewards` holds step rewards and nothing else. A step that
-was not scored is absent: from mean, standard deviation, count and sums.
+A step's reward sits on the last token of the step. A step that was not scored is absent: from mean, standard
+deviation, count and sums.
 
 Symbols: \\(r_{i,j}\\) reward of step \\(j\\) of completion \\(i\\), \\(\\mathrm{index}(j)\\) its last token,
 \\(G\\) `num_generations`.
 """
 
-import warnings
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-
-
-def reward_at_steps(
-    step_rewards: Sequence[Sequence[float | None]], step_ends: Sequence[Sequence[int]], num_tokens: int
-) -> torch.Tensor:
-    """
-    Step rewards as token rewards: each on the last token of its step.
-
-    Args:
-        step_rewards (`Sequence` of `B` sequences of `float` or `None`):
-            Rewards of the steps of each completion; `None` (or NaN) for a step that was not scored.
-        step_ends (`Sequence` of `B` sequences of `int`):
-            Index of the last token of each of these steps.
-        num_tokens (`int`):
-            Number of columns of the result.
-
-    Returns:
-        `torch.Tensor` of shape `(B, num_tokens)`, float32 as all rewards in TRL: The rewards, NaN everywhere else.
-
-    Raises:
-        `ValueError`: If a completion has more rewards than steps, or fewer.
-
-    Example:
-
-    >>> reward_at_steps([[1.0, None]], [[1, 3]], num_tokens=4)
-    tensor([[nan, 1., nan, nan]])
-    """
-    rewards = torch.full((len(step_ends), num_tokens), torch.nan)
-    for row, (values, ends) in enumerate(zip(step_rewards, step_ends, strict=True)):
-        for value, end in zip(values, ends, strict=True):
-            rewards[row, end] = torch.nan if value is None else value
-    return rewards
 
 
 def _from_the_end(values: torch.Tensor) -> torch.Tensor:
@@ -68,17 +31,17 @@ def _remaining_credit(
     return _from_the_end(weights * normalised)
 
 
-def process_group_relative(
+def step_advantages(
     rewards: torch.Tensor,
     scored: torch.Tensor,
-    completion_mask: torch.Tensor,
+    mask: torch.Tensor,
     num_generations: int,
     *,
     credit: str = "sum",
     temperature: float = 0.1,
 ) -> torch.Tensor:
     r"""
-    Step rewards relative to all steps of the siblings, summed from each token on (GRPO with process supervision).
+    Step rewards relative to all steps of the siblings, summed from each token on (GRPO's process supervision).
 
     $$ \tilde r_{i,j} = \frac{r_{i,j} - \mathrm{mean}_g(r)}{\mathrm{std}_g(r) + 10^{-4}},\qquad
        A_{i,t} = m_{i,t}\,C\big(\{\tilde r_{i,j} : \mathrm{index}(j) \ge t\}\big) $$
@@ -98,7 +61,7 @@ def process_group_relative(
             Step rewards, each on the last token of its step.
         scored (`torch.Tensor` of shape `(N, T)`, bool):
             The tokens that hold a step reward.
-        completion_mask (`torch.Tensor` of shape `(N, T)`):
+        mask (`torch.Tensor` of shape `(N, T)`):
             Nonzero for trainable tokens.
         num_generations (`int`):
             Completions per prompt.
@@ -119,7 +82,7 @@ def process_group_relative(
     Example:
 
     >>> rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    >>> process_group_relative(rewards, torch.ones(2, 2).bool(), torch.ones(2, 2), 2, credit="min")
+    >>> step_advantages(rewards, torch.ones(2, 2).bool(), torch.ones(2, 2), 2, credit="min")
     tensor([[-0.4999, -0.4999],
             [-0.4999, -0.4999]])
     """
@@ -129,11 +92,6 @@ def process_group_relative(
         raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
     if credit != "softmin" and temperature != 0.1:
         raise ValueError(f"temperature is read only with credit='softmin', got credit={credit!r}. Remove it.")
-    trainable = completion_mask.bool()
-    if not (scored.any(1) & trainable.any(1)).any():
-        warnings.warn(
-            "No completion has both a scored step and a trainable token; all advantages are 0.", stacklevel=2
-        )
 
     raw, valid = _side_by_side(rewards.double(), scored)
     groups, pooled = raw.view(-1, num_generations * raw.size(1)), valid.view(-1, num_generations * raw.size(1))
@@ -145,7 +103,7 @@ def process_group_relative(
 
     # The first step that has not ended before token t; one column of zeros for the tokens after the last step.
     remaining = scored.cumsum(1) - scored.long()
-    return torch.nn.functional.pad(steps, (0, 1)).gather(1, remaining).where(trainable, 0.0).to(rewards.dtype)
+    return torch.nn.functional.pad(steps, (0, 1)).gather(1, remaining).where(mask.bool(), 0.0).to(rewards.dtype)
 
 
 def _side_by_side(rewards: torch.Tensor, scored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,8 +113,3 @@ def _side_by_side(rewards: torch.Tensor, scored: torch.Tensor) -> tuple[torch.Te
     values = torch.zeros(valid.shape, dtype=rewards.dtype, device=rewards.device)
     values[valid] = rewards[scored]
     return values, valid
-
-
-PROCESS_ESTIMATORS: dict[str, Any] = {
-    "process_group_relative": process_group_relative,
-}

@@ -7,6 +7,8 @@ infinity only where the result itself is too large for it.
 
 import torch
 
+SATURATION = 20.0  # e²⁰ ≈ 4.9e8; beyond it an exponential goes on as a straight line or stays
+
 
 def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     r"""
@@ -53,15 +55,29 @@ def whiten(values: torch.Tensor, weights: torch.Tensor, correction: torch.Tensor
     tensor([-1.,  0.,  1.])
     """
     dtype, values = values.dtype, values.double()
-    centred = values - weighted_mean(values, weights)
+    return ((values - weighted_mean(values, weights)) / weighted_std(values, weights, correction)).to(dtype)
+
+
+def weighted_std(values: torch.Tensor, weights: torch.Tensor, correction: torch.Tensor | float = 0.0) -> torch.Tensor:
+    r"""
+    What [`whiten`] divides by: \\(\sqrt{\sigma^2 + 10^{-8}}\\).
+
+    Args:
+        values, weights, correction:
+            As for [`whiten`].
+
+    Returns:
+        `torch.Tensor` (0-d), float64: In the unit of `values`.
+    """
+    values = values.double()
     total = weights.expand_as(values).double().sum()
-    variance = weighted_mean(centred.square(), weights)
+    variance = weighted_mean((values - weighted_mean(values, weights)).square(), weights)
     if correction:
         variance = torch.where(total > correction, variance * total / (total - correction), variance)
-    return (centred / (variance + 1e-8).sqrt()).to(dtype)
+    return (variance + 1e-8).sqrt()
 
 
-def nearly_equal(values: torch.Tensor, where: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
+def is_constant(values: torch.Tensor, where: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
     r"""
     Whether the selected entries are equal up to rounding: max − min ≤ 10⁻⁶ · max(1, max |x|).
 
@@ -83,7 +99,7 @@ def nearly_equal(values: torch.Tensor, where: torch.Tensor, dim: int | tuple[int
 
 
 def reward_to_go(
-    rewards: torch.Tensor, completion_mask: torch.Tensor, gamma: float = 1.0, discount: str = "trainable"
+    rewards: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, discount: str = "trainable"
 ) -> torch.Tensor:
     r"""
     Discounted sum of the rewards from each trainable token on:
@@ -96,7 +112,7 @@ def reward_to_go(
     Args:
         rewards (`torch.Tensor` of shape `(N, T)`):
             Token rewards, finite everywhere. Rewards at untrainable tokens are not counted.
-        completion_mask (`torch.Tensor` of shape `(N, T)`):
+        mask (`torch.Tensor` of shape `(N, T)`):
             Nonzero for trainable tokens.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount per token, in (0, 1].
@@ -118,7 +134,7 @@ def reward_to_go(
         raise ValueError(f"gamma must be a number in (0, 1], got {gamma!r}.")
     if discount not in ("trainable", "all"):
         raise ValueError(f"discount must be 'trainable' or 'all', got {discount!r}.")
-    trainable = completion_mask.bool()
+    trainable = mask.bool()
     total = torch.where(trainable, rewards, 0.0).double()
     factor = torch.full_like(total, gamma)
     if discount == "trainable":
@@ -132,33 +148,3 @@ def reward_to_go(
         factor = factor * torch.nn.functional.pad(factor[:, shift:], (0, shift))
         shift *= 2
     return torch.where(trainable, total, 0.0).to(rewards.dtype)
-
-
-def reward_at_end(returns: torch.Tensor, completion_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""
-    Outcome rewards as token rewards: each on the last trainable token of its row.
-
-    Not on the last attended token: an episode cut right after a tool result ends on an untrainable token, and a
-    reward there would be lost by every reward-to-go. A row without trainable tokens carries its reward at position 0,
-    where statistics over sequences see it and those over tokens do not.
-
-    Args:
-        returns (`torch.Tensor` of shape `(N,)`):
-            Outcome rewards; NaN marks a completion that was not scored.
-        completion_mask (`torch.Tensor` of shape `(N, T)`):
-            Nonzero for trainable tokens.
-
-    Returns:
-        `tuple` of `torch.Tensor`, both of shape `(N, T)`: `rewards` (finite) and `scored` (bool, where a reward was
-        given; all `False` in rows that were not scored).
-
-    Example:
-
-    >>> rewards, scored = reward_at_end(torch.tensor([2.0]), torch.tensor([[1, 1, 0]]))
-    >>> rewards
-    tensor([[0., 2., 0.]])
-    """
-    positions = torch.arange(completion_mask.size(1), device=completion_mask.device)
-    last = torch.where(completion_mask.bool(), positions, 0).amax(1, keepdim=True)
-    scored = (positions == last) & ~returns.isnan()[:, None]
-    return torch.where(scored, returns[:, None], 0.0), scored

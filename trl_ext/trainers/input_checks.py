@@ -1,7 +1,10 @@
 """What is wrong with a data set or a tokenizer, said before training begins and on all processes alike."""
 
 import math
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -89,3 +92,17 @@ def _rows(dataset: Any, column: str) -> Iterator[tuple[int, Any]]:
     if isinstance(dataset, Dataset) and column in dataset.column_names and dataset.format["type"] != "custom":
         batches = dataset.select_columns([column]).with_format(None).iter(batch_size=1000)
         yield from enumerate(value for batch in batches for value in batch[column])
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names as they stand in a sentence: `'a', 'b'`."""
+    return ", ".join(map(repr, names))
+
+
+def warn_user(message: str) -> None:
+    """Warns at the line outside trl_ext and TRL that led here, so that Python shows a line of the user's."""
+    inside = (str(Path(__file__).parents[1]), str(Path("site-packages", "trl")), "<string>")
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back and any(place in frame.f_code.co_filename for place in inside):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, stacklevel=depth - 1)

@@ -150,12 +150,12 @@ NOT_CALLABLE = 3
             "step_separator must be a text of at least one character, got ''.",
         ),
         (
-            {"advantage_estimator": "process_group_relative", "step_function": "test_config.no_such_function"},
+            {"advantage_estimator": "process_group_relative", "step_ends_function": "test_config.no_such_function"},
             "'test_config.no_such_function' cannot be imported: module 'test_config' has no 'no_such_function'.",
         ),
         (
-            {"advantage_estimator": "reinforce", "step_function": "test_config.config", "step_separator": "."},
-            "step_function finds the steps by itself, so step_separator is not read. Remove one.",
+            {"advantage_estimator": "reinforce", "step_ends_function": "test_config.config", "step_separator": "."},
+            "step_ends_function finds the steps by itself, so step_separator is not read. Remove one.",
         ),
         ({"step_separator": "."}, "step_separator is read only with advantage_estimator; set that too, or remove it."),
         ({"process_weight": 0.5}, "process_weight is read only with advantage_estimator='process_group_relative'."),
@@ -221,7 +221,7 @@ NOT_CALLABLE = 3
             "kl_horizon is read only with kl_target; set that too, or remove it.",
         ),
         ({"kl_target_unit": "token"}, "kl_target_unit is read only with kl_target; set that too, or remove it."),
-        ({"callbacks": ["test_config.NoSuchCallback"]}, "'test_config.NoSuchCallback' cannot be imported"),
+        ({"callback_paths": ["test_config.NoSuchCallback"]}, "'test_config.NoSuchCallback' cannot be imported"),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(options, message):

@@ -305,5 +305,5 @@ class Callback(trl.trainer.callbacks.TrainerCallback):
 
 
 def test_callbacks_are_added_by_dotted_path(train):
-    train(*OURS, callbacks=["test_grpo.Callback"])
+    train(*OURS, callback_paths=["test_grpo.Callback"])
     assert Callback.steps == 3

@@ -318,12 +318,12 @@ def halves(token_ids, tokenizer):
     return [(len(token_ids) - 1) // 2]
 
 
-def test_a_step_function_by_dotted_path(train):
+def test_a_step_ends_function_by_dotted_path(train):
     def two(completions, completion_steps, completion_step_ends, completion_ids, **kwargs):
         assert [len(ends) for ends in completion_step_ends] == [min(2, len(ids)) for ids in completion_ids]
         return [[0.0, 1.0][: len(steps)] for steps in completion_steps]
 
-    options = {"advantage_estimator": "process_group_relative", "step_function": "test_process_grpo.halves"}
+    options = {"advantage_estimator": "process_group_relative", "step_ends_function": "test_process_grpo.halves"}
     trainer = train(*OURS, reward_funcs=two, max_completion_length=8, max_steps=1, **options)
     assert logged(trainer)[0]["process/steps_max"] == 2.0
 

@@ -103,21 +103,21 @@ def test_a_character_split_over_tokens_with_the_separator_inside():
     assert ends([0, 1, 2, 3], tokenizer) == [1, 3]  # `a\né\n`: the first half of `é` stays with the first step
 
 
-def test_a_step_function_cuts_where_it_says():
+def test_a_step_ends_function_cuts_where_it_says():
     def every_second(token_ids, tokenizer):
         return list(range(1, len(token_ids), 2))
 
-    assert ends([0, 1, 2, 0, 1], WORDS, step_function=every_second) == [1, 3, 4]
-    assert ends([0, 1, 2, 0, 7], WORDS, step_function=every_second) == [1, 4]
-    assert ends([0, 1, 2, 0, 1], WORDS, [1, 1, 1, 0, 1], step_function=every_second) == [1, 2, 4]
+    assert ends([0, 1, 2, 0, 1], WORDS, step_ends_function=every_second) == [1, 3, 4]
+    assert ends([0, 1, 2, 0, 7], WORDS, step_ends_function=every_second) == [1, 4]
+    assert ends([0, 1, 2, 0, 1], WORDS, [1, 1, 1, 0, 1], step_ends_function=every_second) == [1, 2, 4]
 
 
 @pytest.mark.parametrize("value", [[1, 1], [2, 1], [3], [-1], [0.0], None, "01", (0, 1)])
-def test_a_step_function_that_returns_anything_else_is_refused(value):
+def test_a_step_ends_function_that_returns_anything_else_is_refused(value):
     with pytest.raises(ValueError) as error:
-        segment([0, 1, 2], None, WORDS, step_function=lambda ids, tokenizer: value)
+        segment([0, 1, 2], None, WORDS, step_ends_function=lambda ids, tokenizer: value)
     assert str(error.value) == (
-        f"step_function returned {value!r} for 3 tokens; it must return increasing token indices below 3."
+        f"step_ends_function returned {value!r} for 3 tokens; it must return increasing token indices below 3."
     )
 
 

@@ -1,154 +1,35 @@
-"""The KL penalty inside TRL's GRPO trainer: its options, the parent's product and the exact KL."""
+"""Our KL to the reference inside TRL's GRPO trainer: in the loss, or in the reward."""
 
 import inspect
-import math
-import os
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import is_peft_model
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 
-from ...functional.kl import KL_ESTIMATORS
+from ...functional.kl import KL_ESTIMATORS, kl_in_loss, next_beta
 from ...lookup import lookup
 from ...upstream import UpstreamChanged
+from ..foreign import overriding_class, watching, without_super
+from .exact_kl import Head, exact_kl, last_hidden_states, lm_head
+from .metrics import kl_sums
 
-RIGHT_ESTIMATOR = {"loss": "k3", "reward": "k1"}
+_LOG_PROBS = "_get_per_token_logps_and_entropies"
 
 
-def kl_choice(config: Any) -> tuple[str | None, Any]:
+class BetaProxy(float):
     """
-    Placement and estimator in force, with what is unset filled in; both `None` with TRL's own KL.
+    Stands in for `beta` while TRL computes one loss.
 
-    Args:
-        config ([`GRPOConfig`]):
-            A config, possibly TRL's own, which has none of the options.
-    """
-    estimator, placement = getattr(config, "kl_estimator", None), getattr(config, "kl_placement", None)
-    if estimator is None and placement is None:
-        return None, None
-    placement = placement or "loss"
-    return placement, estimator or RIGHT_ESTIMATOR[placement]
+        TRL:   per_token_loss + self.beta * per_token_kl
+                                    │            └ TRL's k3, not used
+                                    └ BetaProxy.__mul__: beta · our KL per token, (B, T), with graph
 
-
-def check_kl(config: Any) -> None:
-    """Refuses options of a [`GRPOConfig`] that do nothing or the wrong thing, and warns about questionable ones."""
-    if config.kl_estimator is None and config.kl_placement is None:
-        if config.kl_target is not None:
-            raise ValueError(
-                "kl_target adapts the beta of our KL; set kl_estimator or kl_placement too, or remove it."
-            )
-        if config.advantage_estimator == "reinforce_plus_plus" and config.beta != 0.0:
-            _warn(
-                "REINFORCE++ (arXiv 2501.03262, Eq. 4) puts k1 in the reward; with kl_placement unset the KL stays in "
-                "TRL's loss."
-            )
-    else:
-        if config.beta == 0.0:
-            raise ValueError(
-                "kl_estimator/kl_placement have no effect with beta=0.0: TRL loads no reference model. Set beta > 0 "
-                "or remove them."
-            )
-        if not config.beta > 0.0:
-            raise ValueError(f"beta must be positive, got {config.beta}.")
-        if config.kl_placement not in (None, "loss", "reward"):
-            raise ValueError(f"kl_placement must be 'loss' or 'reward', got {config.kl_placement!r}.")
-        placement, name = kl_choice(config)
-        if name != "exact":
-            lookup(name, KL_ESTIMATORS, also=["exact"])
-        if placement == "loss":
-            _check_kl_in_loss(config, name)
-        else:
-            _check_kl_in_reward(config, name)
-    _check_controller(config)
-
-
-def _check_kl_in_loss(config: Any, name: str) -> None:
-    corrected = config.use_bias_correction_kl
-    if name == "k1" and not corrected:
-        raise ValueError(
-            "kl_estimator='k1' in the loss with use_bias_correction_kl=False has an expected gradient of zero: noise, "
-            "no penalty. Use 'k2' or 'k3', keep use_bias_correction_kl=True, or set kl_placement='reward'."
-        )
-    plugin = config.deepspeed_plugin
-    sharded = config.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    if name == "exact" and (sharded or (plugin is not None and plugin.zero_stage == 3)):
-        raise ValueError(
-            "kl_estimator='exact' reads the weight of the LM head outside the model's forward, where FSDP and "
-            "DeepSpeed ZeRO-3 keep only a part of it on each process. Use 'k2' or 'k3', or DDP or ZeRO-2."
-        )
-    if name == "k1":
-        _warn(
-            "kl_estimator='k1' in the loss is unbiased but has several times the gradient variance of 'k2' and 'k3', "
-            "whose gradient is the same in expectation."
-        )
-    if name == "k3" and not corrected:
-        _warn(
-            "kl_estimator='k3' with use_bias_correction_kl=False minimises the forward KL(ref‖policy), not "
-            "KL(policy‖ref)."
-        )
-    if name == "k2" and not corrected and config._rollouts_reused:
-        _warn(
-            "kl_estimator='k2' without use_bias_correction_kl is biased when rollouts are reused (num_iterations or "
-            "steps_per_generation)."
-        )
-    if config.importance_sampling_level == "sequence":
-        _warn(
-            "The KL keeps the token-level ratio; TRL's own path would use the sequence ratio, whose KL gradient is "
-            "not that of KL(policy‖ref)."
-        )
-
-
-def _check_kl_in_reward(config: Any, name: str) -> None:
-    if name in ("k2", "k3"):
-        raise ValueError(
-            f"kl_estimator={name!r} in the reward is a biased penalty that vanishes near the reference. Only 'k1' is "
-            "right in the reward; use it, or kl_placement='loss'."
-        )
-    if name == "exact":
-        raise ValueError(
-            "kl_estimator='exact' in the reward has no gradient for its own token. Use kl_placement='loss' or "
-            "kl_estimator='k1'."
-        )
-    if config.advantage_estimator is None:
-        raise ValueError(
-            "kl_placement='reward' changes the advantages, so advantage_estimator must be set; 'group_relative' is "
-            "TRL's own normalisation."
-        )
-    if name != "k1":
-        _warn(
-            f"{name!r} is used as a reward penalty. Its gradient is that of the KL only if its value is "
-            "log(policy/ref) per token."
-        )
-
-
-def _check_controller(config: Any) -> None:
-    if config.kl_target is None:
-        for option in ("kl_horizon", "kl_target_unit"):
-            if getattr(config, option) is not None:
-                raise ValueError(f"{option} is read only with kl_target; set that too, or remove it.")
-        return
-    for option in ("kl_target", "kl_horizon"):
-        value = getattr(config, option)
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{option} must be a positive number, got {value!r}.")
-    if config.kl_target_unit not in (None, "token", "sequence"):
-        raise ValueError(f"kl_target_unit must be 'token' or 'sequence', got {config.kl_target_unit!r}.")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=6)
-
-
-class BetaTimes(float):
-    """
-    `beta` for the time of one loss. TRL's loss multiplies it by its own KL per token in exactly one place; that
-    product is answered with `beta` times another KL, so that TRL's masks, aggregation and metrics stay in force for
-    every `loss_type` and nothing of them is copied. `penalties` keeps what was answered: anything but one entry means
-    that TRL has changed.
+    TRL's loss contains this product in exactly one place, so TRL's masks, aggregation and metrics stay in force for
+    every `loss_type` and nothing of them is copied. `penalties` keeps each KL given: anything but one entry means that
+    TRL has changed.
 
     Args:
         beta (`float`):
@@ -160,7 +41,7 @@ class BetaTimes(float):
     _per_token_kl: Callable[[], torch.Tensor]
     penalties: list[torch.Tensor]
 
-    def __new__(cls, beta: float, per_token_kl: Callable[[], torch.Tensor]) -> "BetaTimes":
+    def __new__(cls, beta: float, per_token_kl: Callable[[], torch.Tensor]) -> "BetaProxy":
         self = super().__new__(cls, beta)
         self._per_token_kl, self.penalties = per_token_kl, []
         return self
@@ -185,84 +66,183 @@ class BetaTimes(float):
         return func(*(float(arg) if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
 
 
-class Head(NamedTuple):
-    """What turns the last hidden states of a causal language model into logits."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    logit_scale: float
-    softcap: float | None
-    in_float32: bool
-
-
-def _base_model(model: Any) -> Any:
-    return model.get_base_model() if is_peft_model(model) else model
-
-
-def lm_head(model: torch.nn.Module) -> Head:
-    """The LM head of an unwrapped model, with the scale and softcap that TRL's fused head has read from its config."""
-    base: Any = _base_model(model)
-    values = inspect.getclosurevars(base.forward).nonlocals
-    try:
-        scale, softcap = values["logit_scale"], values["final_logit_softcapping"]
-        in_float32 = values["cast_lm_head_to_fp32"]
-    except KeyError as error:
-        raise UpstreamChanged(f"add_fused_lm_head has no {error}") from error
-    head = base.get_output_embeddings()
-    return Head(head.weight, head.bias, scale, softcap, in_float32)
-
-
-@contextmanager
-def last_hidden_states(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects the last hidden states `(B, positions, H)` of every forward of an unwrapped model inside the block."""
-    collected: list[torch.Tensor] = []
-    handle = _base_model(model).base_model.register_forward_hook(
-        lambda module, inputs, output: collected.append(output.last_hidden_state)
-    )
-    try:
-        yield collected
-    finally:
-        handle.remove()
-
-
-def exact_kl(
-    hidden: torch.Tensor, head: Head, ref_hidden: torch.Tensor, ref_head: Head, mask: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    r"""
-    KL(policy‖reference) of the next-token distributions, summed over the whole vocabulary, without logits in memory:
-
-    $$ \sum_v \pi(v\mid s_t)\,\log\frac{\pi(v\mid s_t)}{\pi_{\mathrm{ref}}(v\mid s_t)} $$
+class BetaController:
+    """
+    Keeps the KL at a target by moving `beta`. Sums what it is told until the end of a step.
 
     Args:
-        hidden, ref_hidden (`torch.Tensor` of shape `(B, T, H)`):
-            Hidden states from which each completion token is predicted, of policy (with graph) and reference.
-        head, ref_head ([`Head`]):
-            Their LM heads.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            Nonzero for trainable tokens; the others are not computed.
-        temperature (`float`):
-            Divides the logits of both.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, float32: nats, with the pathwise gradient; 0 where `mask` is 0.
+        target (`float`):
+            KL to keep, in nats.
+        horizon (`float`, *optional*):
+            Completions over which `beta` changes by at most a factor of about e^±0.2. Default: 10,000.
+        unit (`str`, *optional*):
+            `"token"`, the default, or `"sequence"`.
     """
-    trainable = mask.bool()
-    hidden, ref_hidden = hidden[trainable], ref_hidden[trainable]
-    if head.in_float32:
-        hidden, ref_hidden = hidden.float(), ref_hidden.float()
-    with torch.autocast(hidden.device.type, enabled=False) if head.in_float32 else nullcontext():
-        divergence, _ = ChunkedDivergenceFunction.apply(
-            hidden,
-            head.weight,
-            head.bias,
-            ref_hidden,
-            ref_head.weight,
-            ref_head.bias,
-            1.0,  # TRL's name for the reverse KL
-            temperature,
-            head.logit_scale,
-            head.softcap,
-            ref_head.logit_scale,
-            ref_head.softcap,
+
+    def __init__(self, target: float, horizon: float | None = None, unit: str | None = None):
+        self.target, self.horizon, self.unit = target, horizon or 10_000.0, unit
+        self._window: Any = 0.0
+
+    def after(self, beta: float, sums: torch.Tensor, end_of_step: bool = True) -> float:
+        """
+        `beta` from now on.
+
+        Args:
+            beta (`float`):
+                Coefficient up to now, which stays inside a step.
+            sums (`torch.Tensor` of shape `(4,)`):
+                Of all processes: KL in nats, trainable tokens, completions that have any, completions.
+            end_of_step (`bool`, *optional*, defaults to `True`):
+                Whether an optimizer step, or a generation batch with the KL in the reward, ends here.
+        """
+        self._window = self._window + sums
+        if not end_of_step:
+            return beta
+        (kl, tokens, sequences, completions), self._window = self._window.tolist(), 0.0
+        count = sequences if self.unit == "sequence" else tokens
+        return next_beta(beta, kl / count, self.target, completions, self.horizon) if count else beta
+
+
+class ForwardPass(NamedTuple):
+    """Log-probs of the completions, `(B, T)`, and, for the exact KL, the hidden states that predict them."""
+
+    logps: torch.Tensor
+    hidden: Any
+
+
+class KLPenalty:
+    """
+    Our KL in a trainer of TRL's. Keeps nothing of a batch.
+
+    Args:
+        trainer ([`GRPOTrainer`]):
+            Trainer after its construction.
+        placement (`str`):
+            `"loss"` or `"reward"`.
+        name (`str`):
+            Entry of `KL_ESTIMATORS`, `"exact"`, or a dotted path.
+        base (`type`):
+            Our trainer class, whose methods a subclass may override.
+    """
+
+    def __init__(self, trainer: Any, placement: str, name: str, base: type):
+        self.trainer, self.name, self.base = trainer, name, base
+        self.in_reward, self.exact = placement == "reward", name == "exact"
+        self._estimator: Any = None if self.exact else lookup(name, KL_ESTIMATORS)
+        self.own_logps: Any = None  # what our trainer's own method last gave to a subclass's
+        if self.exact and trainer.ref_model is None and self._head(None).weight.requires_grad:
+            raise ValueError(
+                "kl_estimator='exact' needs one LM head for policy and reference with PEFT, but this adapter trains "
+                "its own copy (modules_to_save). Leave the head out of it, or use 'k3'."
+            )
+
+    # Forward passes
+
+    @contextmanager
+    def recording(self) -> Iterator[list[ForwardPass]]:
+        """Collects the forward passes inside the block, as the outermost method of a subclass returns them."""
+        passes: list[ForwardPass] = []
+
+        def recorded(theirs: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.exact:
+                result = theirs(model, *args, **kwargs)
+                passes.append(ForwardPass(result[0], None))
+                return result
+            self.own_logps = None
+            with last_hidden_states(self.trainer.accelerator.unwrap_model(model)) as collected:
+                result = theirs(model, *args, **kwargs)
+            if result[0] is not self.own_logps:
+                raise self._refused(_LOG_PROBS, "changes the log-probs, which kl_estimator='exact' does not read")
+            width = result[0].size(1)
+            hidden = torch.cat(collected)[:, -width - 1 : -1]  # the state before a token predicts it
+            passes.append(ForwardPass(result[0], hidden))
+            return result
+
+        with watching(self.trainer, _LOG_PROBS, recorded):
+            yield passes
+        self.own_logps = None
+
+    def _refused(self, method: str, what: str) -> Exception:
+        cls = overriding_class(self.trainer, self.base, method)
+        if cls is None:
+            return UpstreamChanged(f"{method} {what}")
+        return ValueError(
+            f"{cls.__module__}.{cls.__qualname__} overrides {method} and {what}. Use kl_estimator='k3' with it."
         )
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(trainable, divergence)
+
+    def reference_states(self, passes: list[ForwardPass], output: dict) -> torch.Tensor:
+        """For the exact KL: TRL has run the reference over the batch; its hidden states save another pass."""
+        found = [p.hidden for p in passes if p.logps is output["ref_per_token_logps"]]
+        if len(found) != 1 or found[0] is None:
+            raise UpstreamChanged("scoring does not return the log-probs of the reference as computed")
+        return found[0].clone()
+
+    # In the reward
+
+    def of_sampler(self, output: dict, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The KL of the policy that sampled, a constant: `(B, T)`, nats, 0 at untrainable tokens; and its sums."""
+        sampler = output.get("old_per_token_logps")
+        if sampler is None:  # TRL leaves it out where it equals the policy that the loss will see first
+            sampler = self._policy_logps(output)
+        reference = output["ref_per_token_logps"]
+        per_token_kl = kl_in_loss(self._estimator, sampler, reference, sampler, mask, bias_correction=False)
+        return per_token_kl, kl_sums(per_token_kl, sampler, reference, sampler, mask)
+
+    def _policy_logps(self, output: dict) -> torch.Tensor:
+        """Log-probs of the sampled tokens under the current policy, `(B, T)`, without graph."""
+        trainer, args = self.trainer, self.trainer.args
+        taken = inspect.signature(getattr(_GRPOTrainer, _LOG_PROBS)).parameters
+        size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
+        with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
+            return trainer._get_per_token_logps_and_entropies(
+                trainer.model,
+                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                output["completion_ids"].size(1),
+                batch_size=size,
+                **{name: value for name, value in output.items() if name in taken},  # images and their like
+            )[0]
+
+    # In the loss
+
+    @contextmanager
+    def in_loss(self, inputs: dict) -> Iterator[list[torch.Tensor]]:
+        """Around TRL's loss: its KL is ours. After the block the list holds the sums of the KL, [`kl_sums`]."""
+        trainer, beta = self.trainer, self.trainer.beta
+        sums: list[torch.Tensor] = []
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        if self.exact and "ref_hidden_states" not in inputs:
+            method = "_generate_and_score_completions"
+            raise without_super(trainer, self.base, method, "kl_estimator='exact'")
+        with self.recording() as passes:
+            proxy = BetaProxy(beta, lambda: self._term(*passes[-1], inputs, mask))
+            trainer.beta = 0.0 if self.in_reward else proxy  # a KL in the reward has acted already
+            try:
+                yield sums
+            finally:
+                trainer.beta = beta
+        if self.in_reward:
+            return
+        if len(proxy.penalties) != 1 or len(passes) != 1:
+            raise UpstreamChanged("the loss does not multiply beta by the KL per token exactly once")
+        logps, old = passes[0].logps.detach(), inputs.get("old_per_token_logps")
+        old = logps if old is None else old
+        sums.append(kl_sums(proxy.penalties[0], logps, inputs["ref_per_token_logps"], old, mask))
+
+    def _term(
+        self, logps: torch.Tensor, hidden: torch.Tensor | None, inputs: dict, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The KL of each token as a term of the loss, `(B, T)`, with graph."""
+        trainer = self.trainer
+        if self.exact:
+            head, ref_head = self._head(None), self._head(trainer.ref_model)
+            with trainer.accelerator.autocast():
+                return exact_kl(hidden, head, inputs["ref_hidden_states"], ref_head, mask, trainer.temperature)
+        old = inputs.get("old_per_token_logps")
+        old = logps.detach() if old is None else old
+        corrected = trainer.args.use_bias_correction_kl
+        return kl_in_loss(self._estimator, logps, inputs["ref_per_token_logps"], old, mask, corrected)
+
+    def _head(self, model: Any) -> Head:
+        """The LM head of a reference, or, with PEFT and by default, of the policy."""
+        return lm_head(self.trainer.accelerator.unwrap_model(self.trainer.model if model is None else model))

@@ -1,0 +1,182 @@
+r"""
+Advantages from rewards-to-go, one per token: REINFORCE and REINFORCE++. Symbols as in `functional.advantages`.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from .reductions import is_constant, reward_to_go, weighted_mean, weighted_std
+from .rewards import RewardBatch
+
+KL_NOISE = (
+    "All outcome rewards {} are equal while the KL is in the reward; advantages are centred but not scaled, because "
+    "scaling would amplify KL noise."
+)
+
+
+def reinforce(batch: RewardBatch, *, gamma: float = 1.0, discount: str = "trainable") -> torch.Tensor:
+    r"""
+    Reward-to-go without baseline (REINFORCE): unbiased, and of the largest variance of all.
+
+    $$ A_{i,t} = G_{i,t} = m_{i,t}\,\big(r_{i,t} + \gamma\,G_{i,t'}\big) $$
+
+    Williams, 1992 (https://doi.org/10.1007/BF00992696). See [`~trl_ext.functional.reductions.reward_to_go`].
+
+    Args:
+        batch ([`RewardBatch`]):
+            Rewards.
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Discount per token, in (0, 1].
+        discount (`str`, *optional*, defaults to `"trainable"`):
+            Which tokens discount: `"trainable"` ones only, or `"all"`.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`: Advantages, in the unit of the reward.
+    """
+    return reward_to_go(batch.rewards, batch.trainable, gamma, discount).to(batch.outcome.dtype)
+
+
+class Spread(NamedTuple):
+    """Values of the trainable tokens before normalisation, `(N, T)`, their weights, and what they are divided by."""
+
+    values: torch.Tensor
+    weights: torch.Tensor
+    std: torch.Tensor
+
+    def normalised(self, dtype: torch.dtype) -> torch.Tensor:
+        centred = self.values - weighted_mean(self.values, self.weights)
+        return (centred / self.std).where(self.weights > 0, 0.0).to(dtype)
+
+
+def _spread(
+    values: torch.Tensor,
+    without_kl: torch.Tensor | None,
+    trainable: torch.Tensor,
+    weighting: str,
+    correction: int,
+    norm: str,
+) -> Spread:
+    """What whitens `values`, `(N, T)`, over the trainable tokens; or only centres them if `without_kl` is constant."""
+    if weighting not in ("token", "sequence"):
+        raise ValueError(f"weighting must be 'token' or 'sequence', got {weighting!r}.")
+    if norm not in ("whiten", "center"):
+        raise ValueError(f"norm must be 'whiten' or 'center', got {norm!r}.")
+    if correction not in (0, 1):
+        raise ValueError(f"correction must be 0 (biased variance) or 1 (Bessel's), got {correction!r}.")
+    weights = trainable.to(values)
+    if weighting == "sequence":
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1.0)
+    if norm == "whiten" and without_kl is not None and is_constant(without_kl, trainable, dim=(0, 1)):
+        warnings.warn(KL_NOISE.format("of the batch"), stacklevel=4)
+        norm = "center"
+    one = torch.ones((), dtype=values.dtype, device=values.device)
+    return Spread(values, weights, weighted_std(values, weights, correction) if norm == "whiten" else one)
+
+
+def rewards_to_go(
+    batch: RewardBatch,
+    *,
+    weighting: str = "token",
+    correction: int = 0,
+    norm: str = "whiten",
+    gamma: float = 1.0,
+    discount: str = "trainable",
+) -> Spread:
+    """Of [`reinforce_plus_plus`]."""
+    values = reward_to_go(batch.rewards, batch.trainable, gamma, discount)
+    without_kl = None
+    if batch.kl_penalty is not None:
+        without_kl = reward_to_go(batch.without_kl, batch.trainable, gamma, discount)
+    return _spread(values, without_kl, batch.trainable, weighting, correction, norm)
+
+
+def reinforce_plus_plus(
+    batch: RewardBatch,
+    *,
+    weighting: str = "token",
+    correction: int = 0,
+    norm: str = "whiten",
+    gamma: float = 1.0,
+    discount: str = "trainable",
+) -> torch.Tensor:
+    r"""
+    Reward-to-go, normalised over all trainable tokens of the global batch (REINFORCE++).
+
+    $$ A_{i,t} = m_{i,t}\,\frac{G_{i,t}-\mu}{\sqrt{\sigma^2+10^{-8}}},\qquad
+       \mu=\frac1n\sum m\,G,\qquad \sigma^2=\frac1n\sum m\,(G-\mu)^2 $$
+
+    Hu et al., 2025, v9 Eq. 4–5 (https://huggingface.co/papers/2501.03262); any `num_generations` ≥ 1. Their appendix
+    B.2 sets the advantage to 0 before the last token, against their Eq. 4; this follows Eq. 4. Bias: the common factor
+    1/σ, whose error vanishes with the batch. Dividing by σ divides a KL in the reward too: its effective coefficient
+    is β/σ.
+
+    Args:
+        batch ([`RewardBatch`]):
+            Rewards. If the reward-to-go without the KL is constant over the batch, it is centred but not scaled.
+        weighting (`str`, *optional*, defaults to `"token"`):
+            Weight of a token in μ and σ: `"token"` (1) or `"sequence"` (\\(1/n_i\\), so that every completion counts
+            the same).
+        correction (`int`, *optional*, defaults to `0`):
+            0: biased variance. 1: Bessel's, over tokens, or over rows with `weighting="sequence"`.
+        norm (`str`, *optional*, defaults to `"whiten"`):
+            `"whiten"`, or `"center"` to subtract μ only (a batch-mean baseline).
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Discount per token, in (0, 1].
+        discount (`str`, *optional*, defaults to `"trainable"`):
+            Which tokens discount: `"trainable"` ones only, or `"all"`.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`: Dimensionless advantages (in the unit of the reward with `norm="center"`).
+    """
+    spread = rewards_to_go(
+        batch, weighting=weighting, correction=correction, norm=norm, gamma=gamma, discount=discount
+    )
+    return spread.normalised(batch.outcome.dtype)
+
+
+def above_the_group(
+    batch: RewardBatch, *, weighting: str = "token", correction: int = 0, norm: str = "whiten", gamma: float = 1.0
+) -> Spread:
+    """Of [`reinforce_plus_plus_baseline`]."""
+    if gamma != 1.0:
+        raise ValueError(
+            f"gamma must be 1.0 for 'reinforce_plus_plus_baseline', whose baseline is an undiscounted return, got "
+            f"{gamma!r}. Use 'reinforce_plus_plus' to discount."
+        )
+    scorable = batch.group(batch.scorable)
+    baseline = (batch.group(batch.without_kl.sum(1)) - batch.centred(batch.without_kl)).flatten()[:, None]
+    # Recentring over the batch would hand a row without sibling −μ/σ although nothing is known about it.
+    compared = (scorable & (scorable.sum(1, keepdim=True) > 1)).flatten()
+    trainable = batch.mask.bool() & compared[:, None]
+    values = (reward_to_go(batch.rewards, trainable) - baseline).where(trainable, 0.0)
+    without_kl = None
+    if batch.kl_penalty is not None:
+        without_kl = (reward_to_go(batch.without_kl, trainable) - baseline).where(trainable, 0.0)
+    return _spread(values, without_kl, trainable, weighting, correction, norm)
+
+
+def reinforce_plus_plus_baseline(
+    batch: RewardBatch, *, weighting: str = "token", correction: int = 0, norm: str = "whiten", gamma: float = 1.0
+) -> torch.Tensor:
+    r"""
+    Reward-to-go minus the group's mean outcome, normalised over all trainable tokens of the global batch.
+
+    $$ x_{i,t} = G_{i,t} - b_g,\qquad b_g = \mathrm{mean}_{j\in g} \sum_t (r_{j,t} + p_{j,t}),\qquad
+       A_{i,t} = m_{i,t}\,\frac{x_{i,t}-\mu}{\sqrt{\sigma^2+10^{-8}}} $$
+
+    Hu et al., 2025, v9 Eq. 6–8 (REINFORCE++ w/ baseline, https://huggingface.co/papers/2501.03262). The group mean
+    excludes the KL penalty \\(p\\) and includes the row itself. A row without scorable sibling gets 0.
+
+    Args:
+        batch, weighting, correction, norm:
+            As for [`reinforce_plus_plus`].
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Only 1.0: the baseline is an undiscounted return.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`: Dimensionless advantages (in the unit of the reward with `norm="center"`).
+    """
+    spread = above_the_group(batch, weighting=weighting, correction=correction, norm=norm, gamma=gamma)
+    return spread.normalised(batch.outcome.dtype)

@@ -1,0 +1,321 @@
+"""What is refused, or warned about, before a model loads. `options` is a [`GRPOConfig`] seen through `Options`."""
+
+import inspect
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...functional.advantages import ADVANTAGE_ESTIMATORS, Estimator
+from ...functional.kl import KL_ESTIMATORS
+from ...functional.rewards import RewardBatch
+from ...lookup import import_path, lookup
+from ...rewards import ProcessRewardModel
+from ..input_checks import column_names, datasets_of, quoted, require_columns, require_texts, warn_user
+from .reward_calls import STEP_COLUMNS
+
+DEFAULT_ESTIMATOR = {"loss": "k3", "reward": "k1"}  # of the KL, by placement
+FIELDS_OF_ESTIMATORS = ("process_weight", "outcome_weight")  # options of an estimator that are fields of the config
+
+
+def estimator_row(name: str) -> Estimator:
+    """The row of an entry, or one for the function at a dotted path, of which nothing is known."""
+    found = lookup(name, ADVANTAGE_ESTIMATORS)
+    return found if isinstance(found, Estimator) else Estimator(found, per_token=None, steps="added")
+
+
+def kl_choice(options: Any) -> tuple[str | None, str | None]:
+    """Placement and estimator in force, with what is unset filled in; both `None` with TRL's own KL."""
+    if options.kl_estimator is None and options.kl_placement is None:
+        return None, None
+    placement = options.kl_placement or "loss"
+    return placement, options.kl_estimator or DEFAULT_ESTIMATOR[placement]
+
+
+def names_of(wanted: Callable[[Estimator], bool]) -> str:
+    """The entries whose row is as wanted, as they stand in a sentence."""
+    return quoted(name for name, row in ADVANTAGE_ESTIMATORS.items() if wanted(row))
+
+
+def _refuse_without(options: Any, names: list[str], needed: str) -> None:
+    """Refuses options that are read only together with another one."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} is read only with {needed}; set that too, or remove it.")
+
+
+# Advantages
+
+
+def check_num_generations(options: Any) -> None:
+    """Refuses one completion per prompt where completions are compared."""
+    name = options.advantage_estimator
+    if estimator_row(name).siblings:
+        raise ValueError(
+            f"advantage_estimator={name!r} compares completions of one prompt and needs num_generations >= 2, got 1. "
+            f"These accept 1: {names_of(lambda row: not row.siblings)}."
+        )
+
+
+def check_advantages(options: Any) -> None:
+    """Refuses options of the advantage estimator that do nothing or the wrong thing."""
+    name = options.advantage_estimator
+    if name is None:
+        _refuse_without(options, ["advantage_kwargs", "reward_clip_range"], "advantage_estimator")
+        return
+    row = estimator_row(name)
+    _check_estimator_options(name, row, options)
+    _check_clip_range(options.reward_clip_range)
+    if options.scale_rewards != "group":
+        raise ValueError(
+            f"scale_rewards={options.scale_rewards!r} is not read when advantage_estimator is set. For 'none' use "
+            "advantage_estimator='group_mean'; for 'batch' leave advantage_estimator unset."
+        )
+    if options.multi_objective_aggregation == "normalize_then_sum":
+        raise ValueError(
+            "advantage_estimator works on the weighted sum of the rewards; "
+            "multi_objective_aggregation='normalize_then_sum' is not available with it."
+        )
+    if row.per_token:
+        refuse_per_token(options)
+    if row.on_policy and options._rollouts_reused:
+        warn_user(f"{name!r} is derived for exactly on-policy updates; rollouts are reused here.")
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether an estimator has an option `name`."""
+    return name in _options_of(function) or (name in FIELDS_OF_ESTIMATORS and name in _parameters(function))
+
+
+def _row_takes(option: str, row: Estimator) -> bool:
+    return takes(row.function, option)
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return [*inspect.signature(function).parameters][1:]
+
+
+def _options_of(function: Callable[..., Any]) -> list[str]:
+    """Options that `advantage_kwargs` may hold: those that are no fields of the config."""
+    return sorted(name for name in _parameters(function) if name not in FIELDS_OF_ESTIMATORS)
+
+
+def _check_estimator_options(name: str, row: Estimator, options: Any) -> None:
+    given = options.advantage_kwargs
+    if not isinstance(given, dict | None):
+        raise ValueError(f"advantage_kwargs must be a mapping of option to value, got {given!r}.")
+    parameters = inspect.signature(row.function).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        allowed = _options_of(row.function)
+        for key in given or {}:
+            if key not in allowed:
+                raise ValueError(f"advantage_kwargs has no {key!r} for {name!r}; it takes {allowed}.")
+    if name in ADVANTAGE_ESTIMATORS:
+        # The estimator itself knows which values it takes: ask it, on two completions of one token.
+        one, rewards = torch.ones(2, 1), torch.tensor([[0.0], [1.0]])
+        steps = {"steps": rewards, "steps_scored": one.bool()} if row.steps == "needed" else {}
+        extras = {
+            "baseline": torch.zeros(2) if row.baseline else None,
+            "values": torch.zeros(2, 2) if row.values else None,
+        }
+        row.function(RewardBatch(rewards, one.bool(), one, 2, **steps, **extras), **given or {})
+
+
+def _check_clip_range(clip_range: Any) -> None:
+    if clip_range is None:
+        return
+    try:
+        low, high = clip_range
+        ordered = low < high
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise ValueError(f"reward_clip_range must be two numbers, the lower one first, got {clip_range!r}.")
+
+
+def refuse_per_token(options: Any) -> None:
+    """Refuses what would silently change its meaning with one advantage per token."""
+    name = options.advantage_estimator
+    if options.importance_sampling_level == "sequence":
+        raise ValueError(
+            f"advantage_estimator={name!r} gives one advantage per token, but importance_sampling_level='sequence' "
+            "uses one ratio per completion: its gradient is that of the mean advantage, so the per-token signal "
+            "vanishes. Use 'token'."
+        )
+    for option, active in (
+        ("loss_type='vespo'", options.loss_type == "vespo"),
+        ("off_policy_mask_threshold", options.off_policy_mask_threshold is not None),
+    ):
+        if active:
+            raise ValueError(
+                f"{option} reads the sign of one advantage per completion and is not available with "
+                f"advantage_estimator={name!r}."
+            )
+
+
+# KL
+
+
+def check_kl(options: Any) -> None:
+    """Refuses options of the KL that do nothing or the wrong thing, and warns about questionable ones."""
+    name = options.advantage_estimator
+    placement, estimator = kl_choice(options)
+    if placement is None or estimator is None:
+        _refuse_without(options, ["kl_target"], "kl_estimator or kl_placement")
+        if name is not None and estimator_row(name).kl_placement == "reward" and options.beta != 0.0:
+            warn_user(
+                f"The paper of {name!r} puts k1 in the reward; with kl_placement unset the KL stays in TRL's loss."
+            )
+        _check_controller(options)
+        return
+    if options.beta == 0.0:
+        raise ValueError(
+            "kl_estimator/kl_placement have no effect with beta=0.0: TRL loads no reference model. Set beta > 0 or "
+            "remove them."
+        )
+    if not options.beta > 0.0:
+        raise ValueError(f"beta must be positive, got {options.beta}.")
+    if placement not in DEFAULT_ESTIMATOR:
+        raise ValueError(f"kl_placement must be 'loss' or 'reward', got {placement!r}.")
+    if estimator != "exact":
+        lookup(estimator, KL_ESTIMATORS, also=["exact"])
+    (_check_kl_in_loss if placement == "loss" else _check_kl_in_reward)(options, estimator)
+    _check_controller(options)
+
+
+def _check_kl_in_loss(options: Any, name: str) -> None:
+    corrected = options.use_bias_correction_kl
+    if name == "k1" and not corrected:
+        raise ValueError(
+            "kl_estimator='k1' in the loss with use_bias_correction_kl=False has an expected gradient of zero: noise, "
+            "no penalty. Use 'k2' or 'k3', keep use_bias_correction_kl=True, or set kl_placement='reward'."
+        )
+    plugin = options.deepspeed_plugin
+    sharded = options.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    if name == "exact" and (sharded or (plugin is not None and plugin.zero_stage == 3)):
+        raise ValueError(
+            "kl_estimator='exact' reads the weight of the LM head outside the model's forward, where FSDP and "
+            "DeepSpeed ZeRO-3 keep only a part of it on each process. Use 'k2' or 'k3', or DDP or ZeRO-2."
+        )
+    if name == "k1":
+        warn_user(
+            "kl_estimator='k1' in the loss is unbiased but has several times the gradient variance of 'k2' and 'k3', "
+            "whose gradient is the same in expectation."
+        )
+    if name == "k3" and not corrected:
+        warn_user(
+            "kl_estimator='k3' with use_bias_correction_kl=False minimises the forward KL(ref‖policy), not "
+            "KL(policy‖ref)."
+        )
+    if name == "k2" and not corrected and options._rollouts_reused:
+        warn_user(
+            "kl_estimator='k2' without use_bias_correction_kl is biased when rollouts are reused (num_iterations or "
+            "steps_per_generation)."
+        )
+    if options.importance_sampling_level == "sequence":
+        warn_user(
+            "The KL keeps the token-level ratio; TRL's own path would use the sequence ratio, whose KL gradient is "
+            "not that of KL(policy‖ref)."
+        )
+
+
+def _check_kl_in_reward(options: Any, name: str) -> None:
+    if name in ("k2", "k3"):
+        raise ValueError(
+            f"kl_estimator={name!r} in the reward is a biased penalty that vanishes near the reference. Only 'k1' is "
+            "right in the reward; use it, or kl_placement='loss'."
+        )
+    if name == "exact":
+        raise ValueError(
+            "kl_estimator='exact' in the reward has no gradient for its own token. Use kl_placement='loss' or "
+            "kl_estimator='k1'."
+        )
+    if options.advantage_estimator is None:
+        raise ValueError(
+            "kl_placement='reward' changes the advantages, so advantage_estimator must be set; 'group_relative' is "
+            "TRL's own normalisation."
+        )
+    if estimator_row(options.advantage_estimator).steps == "needed":
+        raise ValueError(
+            f"{options.advantage_estimator!r} normalises step rewards, and a KL penalty belongs to no step. Use "
+            "kl_placement='loss'."
+        )
+    if name != "k1":
+        warn_user(
+            f"{name!r} is used as a reward penalty. Its gradient is that of the KL only if its value is "
+            "log(policy/ref) per token."
+        )
+
+
+def _check_controller(options: Any) -> None:
+    if options.kl_target is None:
+        _refuse_without(options, ["kl_horizon", "kl_target_unit"], "kl_target")
+        return
+    for option in ("kl_target", "kl_horizon"):
+        value = getattr(options, option)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{option} must be a positive number, got {value!r}.")
+    if options.kl_target_unit not in (None, "token", "sequence"):
+        raise ValueError(f"kl_target_unit must be 'token' or 'sequence', got {options.kl_target_unit!r}.")
+
+
+# Steps
+
+
+def check_steps(options: Any) -> None:
+    """Refuses options for rewards of steps that cannot be honoured."""
+    name = options.advantage_estimator
+    if not isinstance(options.step_separator, str) or not options.step_separator:
+        raise ValueError(f"step_separator must be a text of at least one character, got {options.step_separator!r}.")
+    if options.step_ends_function is not None:
+        import_path(options.step_ends_function)
+        if options.step_separator != "\n":
+            raise ValueError(
+                "step_ends_function finds the steps by itself, so step_separator is not read. Remove one."
+            )
+    for option, default in (("step_separator", "\n"), ("step_ends_function", None)):
+        if name is None and getattr(options, option) != default:
+            raise ValueError(f"{option} is read only with advantage_estimator; set that too, or remove it.")
+    row = None if name is None else estimator_row(name)
+    for option in FIELDS_OF_ESTIMATORS:
+        weight = getattr(options, option)
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"{option} must be a number, got {weight!r}. Use 0 to leave a source out.")
+        if weight != 1.0 and not (row is not None and takes(row.function, option)):
+            raise ValueError(
+                f"{option} is read only with an advantage_estimator that takes it: "
+                f"{names_of(partial(_row_takes, option))}."
+            )
+    if options.process_reward_model is not None:
+        ProcessRewardModel.from_options(options.process_reward_model)
+        if row is None or row.steps == "refused":
+            raise ValueError(
+                f"process_reward_model gives one reward per step, which advantage_estimator={name!r} cannot use. Use "
+                f"{names_of(lambda row: row.steps == 'needed')}."
+            )
+
+
+# Data
+
+
+def makes_own_prompts(given: dict[str, Any]) -> bool:
+    """A rollout_func or environment may use other prompts, so the prompt column is not checked."""
+    return given.get("environment_factory") is not None or given.get("rollout_func") is not None
+
+
+def check_data(given: dict[str, Any], options: Any, tokenizer: Any = None) -> None:
+    """Refuses data sets that cannot be trained on; with the tokenizer, also texts without a token."""
+    for name in ("train_dataset", "eval_dataset"):
+        for dataset in datasets_of(given.get(name)):
+            for column in STEP_COLUMNS if options.advantage_estimator is not None else ():
+                if column in column_names(dataset):
+                    raise ValueError(
+                        f"{name} has a column {column!r}, the name under which reward functions are given the steps "
+                        "with advantage_estimator. Rename the column."
+                    )
+            if not makes_own_prompts(given):
+                require_columns(dataset, name, ["prompt"])
+                require_texts(dataset, name, ["prompt"], tokenizer)

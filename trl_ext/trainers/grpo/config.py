@@ -1,0 +1,159 @@
+"""The options of our GRPO trainer, each `None` (TRL's own code) by default."""
+
+from dataclasses import dataclass, field
+
+from trl.trainer.grpo_config import GRPOConfig as _GRPOConfig
+
+from ...functional.advantages import ADVANTAGE_ESTIMATORS
+from ...functional.kl import KL_ESTIMATORS
+from ..foreign import OnlyInOurTrainer, Options, warn_of_foreign_fields
+from ..input_checks import quoted
+from ..interruptions import callback_classes
+from .checks import check_advantages, check_kl, check_num_generations, check_steps
+
+
+class _AcceptedAsOne(int):
+    """A 1 that TRL's check `num_generations < 2` lets through."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+
+@dataclass
+class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
+    r"""
+    TRL's [`~trl.GRPOConfig`] and the options below. With none of them set, training is TRL's, bit for bit.
+
+    Parameters:
+        advantage_estimator (`str`, *optional*):
+            How rewards become advantages: an entry of `trl_ext.functional.advantages.ADVANTAGE_ESTIMATORS`, such as
+            `"reinforce_plus_plus"`, or a dotted path to a function of a
+            [`~trl_ext.functional.rewards.RewardBatch`]. `None`: TRL's own.
+        advantage_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments of the estimator, such as `{"weighting": "sequence"}`.
+        reward_clip_range (`list[float]`, *optional*):
+            Two numbers, lowest and highest: range to which the weighted sum of the rewards of a completion is clipped
+            before `advantage_estimator` sees it.
+        kl_estimator (`str`, *optional*):
+            Estimator of KL(policy‖reference) per token: `"k1"`, `"k2"`, `"k3"`, `"exact"` (over the whole vocabulary),
+            or a dotted path to a function of `(per_token_logps, ref_per_token_logps)`. `None`: TRL's own, or, with
+            `kl_placement`, the one that is right there: `"k3"` in the loss, `"k1"` in the reward.
+        kl_placement (`str`, *optional*):
+            `"loss"`: `beta` · KL is added to the loss of every token, with TRL's `use_bias_correction_kl`. `"reward"`:
+            it is subtracted from the reward of every token before the advantages. `None`: the loss if `kl_estimator`
+            is set, else TRL's own.
+        kl_target (`float`, *optional*):
+            KL in nats at which an adaptive `beta` is kept. `None`: `beta` is constant.
+        kl_horizon (`float`, *optional*):
+            Completions over which the adaptive `beta` changes by at most a factor of about e^±0.2; 10,000 if unset.
+        kl_target_unit (`str`, *optional*):
+            Unit of `kl_target`: `"token"` (if unset), mean per trainable token, or `"sequence"`, mean of the
+            completions' sums.
+        step_separator (`str`, *optional*, defaults to `"\n"`):
+            Text that ends a step. With `advantage_estimator`, reward functions that have `completion_steps` or
+            `completion_step_ends` among their parameters are given the steps, or the index of the last token of each.
+        step_ends_function (`str`, *optional*):
+            Dotted path of a function of `(token_ids, tokenizer)` that returns the indices of the last token of each
+            step, used instead of `step_separator`.
+        process_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the advantages from step rewards, for estimators that take it.
+        outcome_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the advantages from rewards of whole completions there. Both are normalised separately.
+        process_reward_model (`str` or `dict[str, Any]`, *optional*):
+            Options of [`~trl_ext.rewards.ProcessRewardModel`], to be added to the reward functions.
+        callback_paths (`list[str]` or `str`, *optional*):
+            Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments.
+            One with an attribute `trainer` is given the trainer.
+    """
+
+    _VALID_DICT_FIELDS = [*_GRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model"]
+
+    advantage_estimator: str | None = field(
+        default=None,
+        metadata={
+            "help": f"How rewards become advantages: {quoted(ADVANTAGE_ESTIMATORS)}, or a dotted path. Default: TRL's "
+            "own."
+        },
+    )
+    advantage_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Keyword arguments of the advantage estimator, such as \'{"weighting": "sequence"}\'.'},
+    )
+    reward_clip_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Lowest and highest value to which the weighted sum of a completion's rewards is clipped before "
+            "the advantage estimator sees it."
+        },
+    )
+    kl_estimator: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Estimator of KL(policy||reference) per token: {quoted([*KL_ESTIMATORS, 'exact'])}, or a dotted "
+            "path. Default: TRL's own."
+        },
+    )
+    kl_placement: str | None = field(
+        default=None,
+        metadata={"help": "Where the KL penalty acts: 'loss' or 'reward'. Default: TRL's own, in the loss."},
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "KL in nats at which an adaptive beta is kept. Default: beta is constant."},
+    )
+    kl_horizon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Completions over which the adaptive beta changes by at most about a fifth. Default: 10000."
+        },
+    )
+    kl_target_unit: str | None = field(
+        default=None,
+        metadata={"help": "Unit of kl_target: 'token' (default) or 'sequence'."},
+    )
+    step_separator: str = field(
+        default="\n",
+        metadata={"help": "Text that ends a step of a completion, for rewards of steps. Default: a line break."},
+    )
+    step_ends_function: str | None = field(
+        default=None,
+        metadata={"help": "Dotted path of a function that finds the last token of each step, instead of a separator."},
+    )
+    process_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the advantages from step rewards, for estimators that take it."},
+    )
+    outcome_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the advantages from outcome rewards, for estimators that take it."},
+    )
+    process_reward_model: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "A process-reward model to add to the reward functions, such as "
+            '\'{"model": "Qwen/Qwen2.5-Math-PRM-7B", "kind": "marker"}\'.'
+        },
+    )
+    callback_paths: list[str] | None = field(
+        default=None,
+        metadata={"help": "Dotted paths of TrainerCallback classes to add to the trainer."},
+    )
+
+    def __post_init__(self):
+        warn_of_foreign_fields(self)
+        options = Options(self)
+        if self.num_generations == 1 and options.advantage_estimator is not None:
+            check_num_generations(options)
+            self.num_generations: int = _AcceptedAsOne(1)
+        super().__post_init__()
+        if isinstance(self.num_generations, _AcceptedAsOne):
+            self.num_generations = 1
+        check_advantages(options)
+        check_kl(options)
+        check_steps(options)
+        callback_classes(options.callback_paths)
+
+    @property
+    def _rollouts_reused(self) -> bool:
+        """Whether a completion is trained on after the policy that sampled it has changed (TRL's own test)."""
+        return self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) != 0

@@ -1,0 +1,249 @@
+"""From what TRL shows of a generation batch to its advantages."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...functional.rewards import RewardBatch, reward_at_end, reward_at_steps
+from ...lookup import import_path
+from ...upstream import UpstreamChanged
+from ..foreign import Options, overriding_class, watching
+from .checks import FIELDS_OF_ESTIMATORS, estimator_row, names_of, refuse_per_token, takes
+from .metrics import advantage_metrics, step_metrics
+from .reward_calls import RewardCalls
+from .steps import StepCuts
+
+
+@dataclass
+class Rollout:
+    """One generation batch of this process, as the parent's call in progress has shown it so far."""
+
+    tool_mask: list[list[int]] | None = None  # 0 for tokens of tools
+    calls: RewardCalls | None = None
+    process: list[int] = field(default_factory=list)  # indices of the functions that returned step rewards
+    rewards_per_func: torch.Tensor | None = None  # (N, functions), all processes; NaN for process functions
+    step_ends: torch.Tensor | None = None  # (N, T), all processes, where a step ends; None without step rewards
+
+
+class Scoring:
+    """
+    Rewards of steps and outcomes to advantages. Keeps nothing of a batch.
+
+    Args:
+        trainer ([`GRPOTrainer`]):
+            Trainer after its construction.
+        options ([`Options`]):
+            Its config, with `advantage_estimator` set.
+        base (`type`):
+            Our trainer class, whose methods a subclass may override.
+    """
+
+    def __init__(self, trainer: Any, options: Options, base: type):
+        self.trainer, self.options, self.base = trainer, options, base
+        self.name: str = options.advantage_estimator
+        self.row = estimator_row(self.name)
+        self._kwargs = dict(options.advantage_kwargs or {})
+        for name in FIELDS_OF_ESTIMATORS:
+            if takes(self.row.function, name):
+                self._kwargs[name] = getattr(options, name)
+        path = options.step_ends_function
+        self._step_options = options.step_separator, import_path(path) if path else None
+        self._shown: set[int] = set()  # functions whose step rewards are in the completions table
+
+    # Rewards
+
+    @contextmanager
+    def watching(self, rollout: Rollout) -> Iterator[None]:
+        """Around TRL's scoring: the functions are given the steps, and what TRL's methods return is kept."""
+
+        def generated(theirs: Callable, *args: Any, **kwargs: Any) -> Any:
+            result = theirs(*args, **kwargs)
+            rollout.tool_mask = result[2]
+            return result
+
+        def calculated(theirs: Callable, inputs: Any, prompts: Any, completions: Any, ids: list[list[int]]) -> Any:
+            with self._wrapped_functions(rollout, ids):
+                rewards_per_func = theirs(inputs, prompts, completions, ids)
+            self._keep(rollout, rewards_per_func)
+            return rewards_per_func
+
+        with (
+            watching(self.trainer, "_generate", generated),
+            watching(self.trainer, "_calculate_rewards", calculated),
+        ):
+            yield
+
+    @contextmanager
+    def _wrapped_functions(self, rollout: Rollout, completion_ids: list[list[int]]) -> Iterator[None]:
+        trainer = self.trainer
+        lengths = [len(mask) for mask in rollout.tool_mask or completion_ids]
+        if lengths != [len(ids) for ids in completion_ids]:
+            raise self._changed("_generate", "does not return the tool mask third")
+        tokenizer = getattr(trainer, "_tokenizer", None)  # needed only where steps are cut
+        cuts = StepCuts(completion_ids, rollout.tool_mask, tokenizer, *self._step_options)
+        advice = names_of(lambda row: row.steps == "needed")
+        rollout.calls = calls = RewardCalls(trainer.reward_func_names, self.name, self.row, cuts, advice)
+        functions = trainer.reward_funcs
+        trainer.reward_funcs = [calls.wrapped(i, function) for i, function in enumerate(functions)]
+        try:
+            yield
+        finally:
+            trainer.reward_funcs = functions
+
+    def _keep(self, rollout: Rollout, rewards_per_func: torch.Tensor) -> None:
+        """What TRL gathered, less the functions that reward steps; their steps go into the completions table."""
+        calls, names = rollout.calls, self.trainer.reward_func_names
+        assert calls is not None
+        rollout.process = calls.agree()
+        if self.row.steps == "needed" and not calls.called:
+            raise self._changed("_calculate_rewards", "calls no reward function, so that there are no step rewards")
+        if rewards_per_func.dim() != 2 or rewards_per_func.size(1) != len(names):
+            raise self._changed(
+                "_calculate_rewards", f"returns shape {tuple(rewards_per_func.shape)}, not (N, {len(names)})"
+            )
+        if rollout.process:
+            self._refuse_changed_means(rollout, rewards_per_func)
+        self._shown |= {*rollout.process}
+        for index in sorted(self._shown):  # also in a batch without any, or the table would show those of the last one
+            self.trainer._log_completion_extra(f"{names[index]}/steps", calls.steps_of(index))
+        rollout.rewards_per_func = rewards_per_func.clone()
+        rollout.rewards_per_func[:, rollout.process] = torch.nan
+
+    def _refuse_changed_means(self, rollout: Rollout, rewards_per_func: torch.Tensor) -> None:
+        """A subclass that changes the number of a process function would change nothing: its steps are used."""
+        if overriding_class(self.trainer, self.base, "_calculate_rewards") is None:
+            return
+        assert rollout.calls is not None
+        means = torch.tensor([rollout.calls.means_of(index) for index in rollout.process]).T.to(rewards_per_func)
+        means = self.trainer.accelerator.gather(means.contiguous())
+        found = rewards_per_func[:, rollout.process]
+        if not torch.allclose(found, means, equal_nan=True):
+            names = [self.trainer.reward_func_names[index] for index in rollout.process]
+            raise self._changed(
+                "_calculate_rewards",
+                f"changes the rewards of {names}, of which advantage_estimator={self.name!r} uses the steps",
+            )
+
+    def _changed(self, method: str, what: str) -> Exception:
+        cls = overriding_class(self.trainer, self.base, method)
+        if cls is None:
+            return UpstreamChanged(f"{method} {what}")
+        return ValueError(
+            f"{cls.__module__}.{cls.__qualname__} overrides {method} and {what}. Keep to what GRPOTrainer's returns, "
+            "or remove advantage_estimator."
+        )
+
+    # Advantages
+
+    def batch(
+        self, rollout: Rollout, local_mask: torch.Tensor, num_generations: int, **extras: torch.Tensor | None
+    ) -> RewardBatch:
+        """
+        The rewards of all processes. Gather first, then compute: estimators know no ranks.
+
+        Args:
+            rollout ([`Rollout`]):
+                What was seen of the batch.
+            local_mask (`torch.Tensor` of shape `(B, T)`):
+                Trainable tokens of this process.
+            num_generations (`int`):
+                Completions per prompt.
+            extras:
+                Further fields of [`RewardBatch`], of all processes already.
+        """
+        if rollout.rewards_per_func is None:
+            raise UpstreamChanged("_calculate_rewards is not called while scoring")
+        mask = self.gathered(local_mask)
+        outcome, scored = reward_at_end(self._returns(rollout.rewards_per_func), mask)
+        steps, steps_scored = self._steps(rollout, local_mask)
+        return RewardBatch(outcome, scored, mask, num_generations, steps, steps_scored, **extras)
+
+    def advantages(self, batch: RewardBatch) -> torch.Tensor:
+        """`(N,)` or `(N, T)`, for the rows of all processes."""
+        advantages = self.row.function(batch, **self._kwargs)
+        if self.row.per_token is not None:
+            return advantages
+        shape = batch.outcome.shape
+        if not isinstance(advantages, torch.Tensor) or advantages.shape not in (shape, shape[:1]):
+            got = tuple(advantages.shape) if isinstance(advantages, torch.Tensor) else type(advantages).__name__
+            raise ValueError(
+                f"advantage_estimator={self.name!r} returned {got}; it must return a tensor of shape (N,) or (N, T), "
+                f"here {tuple(shape[:1])} or {tuple(shape)}."
+            )
+        if advantages.dim() == 2:
+            refuse_per_token(self.options)
+            advantages = advantages.where(batch.mask.bool(), 0.0)
+        if not advantages.isfinite().all():
+            raise ValueError(f"advantage_estimator={self.name!r} returned a NaN or infinite advantage.")
+        return advantages
+
+    def metrics(self, rollout: Rollout, batch: RewardBatch, advantages: torch.Tensor, beta: float) -> dict[str, float]:
+        """Everything that is logged about the advantages of a batch; `beta` is that of its KL."""
+        found = advantage_metrics(batch, advantages, len(rollout.process) < len(self.trainer.reward_func_names))
+        if rollout.step_ends is not None:
+            found |= step_metrics(batch, rollout.step_ends, advantages)
+        if self.row.metrics is not None:
+            found |= self.row.metrics(batch, advantages, **self._kwargs)
+        if self.row.std is not None and batch.kl_penalty is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the estimator has warned
+                found["kl/effective_beta"] = beta / self.row.std(batch, **self._kwargs).item()
+        return found
+
+    def gathered(self, local: torch.Tensor) -> torch.Tensor:
+        """`(B, T_local)` of this process to `(N, T)` of all, padded with 0, where the statistics are taken."""
+        accelerator = self.trainer.accelerator
+        gathered = accelerator.gather(accelerator.pad_across_processes(local, dim=1))
+        # The statistics are in float64, which Apple's accelerator does not have.
+        return gathered.cpu() if gathered.device.type == "mps" else gathered
+
+    def local(self, advantages: torch.Tensor, output: dict) -> torch.Tensor:
+        """The rows of this process, and its columns, in float32."""
+        rows, width = output["completion_ids"].shape
+        start = self.trainer.accelerator.process_index * rows
+        own = advantages[start : start + rows].to(output["completion_ids"].device, torch.float32)
+        return own if own.dim() == 1 else own[:, :width]
+
+    def _returns(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the rewards of each completion, `(N,)` float64, NaN where no function scored it."""
+        rewards_per_func = rewards_per_func.cpu() if rewards_per_func.device.type == "mps" else rewards_per_func
+        infinite = rewards_per_func.isinf().nonzero()
+        if len(infinite):
+            row, column = infinite[0].tolist()
+            raise ValueError(
+                f"Reward function {self.trainer.reward_func_names[column]!r} returned "
+                f"{rewards_per_func[row, column].item()} for completion {row}; a reward is a finite number, or None "
+                "for a completion that cannot be scored."
+            )
+        weights = self.trainer.reward_weights.to(rewards_per_func.device, torch.float64)
+        returns = (rewards_per_func.double() * weights).nansum(1)
+        if self.options.reward_clip_range is not None:
+            returns = returns.clamp(*self.options.reward_clip_range)
+        return returns.masked_fill(rewards_per_func.isnan().all(1), torch.nan)
+
+    def _steps(self, rollout: Rollout, local_mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Weighted sum of the step rewards of all process functions, and where there is one; `(N, T)` each."""
+        if not rollout.process and self.row.steps != "needed":
+            return None, None
+        trainer, calls = self.trainer, rollout.calls
+        assert calls is not None
+        if self.options.reward_clip_range is not None and len(rollout.process) == len(trainer.reward_func_names):
+            raise ValueError(
+                "reward_clip_range clips the reward of a completion, but every reward function returned step rewards. "
+                "Remove it."
+            )
+        ends, width = calls.cuts.ends, local_mask.size(1)
+        _, is_end = reward_at_steps([[0.0] * len(row) for row in ends], ends, width)
+        rewards, scored = torch.zeros(is_end.shape, dtype=torch.float64), torch.zeros_like(is_end)
+        for index in rollout.process:
+            values, found = reward_at_steps(calls.steps_of(index), ends, width)
+            rewards += trainer.reward_weights[index].double().cpu() * values
+            scored |= found
+        device = local_mask.device
+        rewards = self.gathered(rewards.to(device, torch.float32 if device.type == "mps" else torch.float64))
+        rollout.step_ends = self.gathered(is_end.to(device)).bool()
+        return rewards.double(), self.gathered(scored.to(device)).bool()
