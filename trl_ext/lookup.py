@@ -1,4 +1,4 @@
-"""From the name in a config to the function: an entry of a table, or a dotted path."""
+"""Finds the function that a name in a config stands for: an entry of a table, or a dotted path."""
 
 import importlib
 import os
@@ -24,7 +24,7 @@ def lookup(name: str, table: Mapping[str, Any], also: Collection[str] = ()) -> A
     """
     if isinstance(name, str) and name in table:
         return table[name]
-    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")) or "." not in name:
+    if not _is_dotted_path(name):
         raise ValueError(
             f"{name!r} is neither one of {sorted([*table, *also])} nor a dotted path such as 'my_package.my_function'."
         )
@@ -36,11 +36,13 @@ def import_path(path: str) -> Callable[..., Any]:
     The callable at a dotted path, whose last part is an attribute of the module before it.
 
     The working directory is searched last, so that a path means the same in a script, on the command line and in every
-    worker process. TRL does likewise for reward functions.
+    worker process. TRL does the same for reward functions.
 
     Raises:
-        `ValueError`: If the module or the attribute does not exist, or is not callable.
+        `ValueError`: If it is no dotted path, the module or the attribute does not exist, or is not callable.
     """
+    if not _is_dotted_path(path):
+        raise ValueError(f"{path!r} is not a dotted path such as 'my_package.my_function'.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     module_name, _, attribute = path.rpartition(".")
@@ -58,3 +60,7 @@ def import_path(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{path!r} is of type {type(found).__name__}, which cannot be called.")
     return found
+
+
+def _is_dotted_path(name: Any) -> bool:
+    return isinstance(name, str) and "." in name and all(part.isidentifier() for part in name.split("."))

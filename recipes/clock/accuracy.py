@@ -126,7 +126,10 @@ class AccuracyReport(TrainerCallback):
             return
         curves = Path(args.output_dir) / "curves.png"
         curves.parent.mkdir(parents=True, exist_ok=True)
-        draw_curves(state.log_history, curves)
+        if importlib.util.find_spec("matplotlib") is None:
+            print("No curves are drawn: matplotlib is not installed (pip install -e '.[plots]').")
+        else:
+            draw_curves(state.log_history, curves)
         print(
             f"Held-out accuracy, {len(self.rows)} prompts: greedy {self.before[0]:.2f} -> {greedy:.2f}, "
             f"sampled {self.before[1]:.2f} -> {sampled:.2f} (curves: {curves})"

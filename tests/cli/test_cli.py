@@ -235,21 +235,21 @@ def test_the_overview_and_an_unknown_command_bear_our_name(capsys):
     )
 
 
-def test_env_adds_our_version_and_checks_the_seams_on_request(capsys, monkeypatch):
-    monkeypatch.setattr("trl_ext.upstream.CHECKS", {"a place": lambda: None})
+def test_env_adds_our_version_and_checks_trl_on_request(capsys, monkeypatch):
+    monkeypatch.setattr("trl_ext.upstream.CHECKS", {"a part": lambda: None})
     assert cli.main(["env"]) == 0
     printed = capsys.readouterr().out
     assert f"- TRL version: {trl.__version__}" in printed
-    assert printed.endswith(f"- trl_ext version: {trl_ext.__version__}\n\n") and "a place" not in printed
+    assert printed.endswith(f"- trl_ext version: {trl_ext.__version__}\n\n") and "a part" not in printed
     assert cli.main(["env", "--check"]) == 0
-    assert "- a place: ok\n" in capsys.readouterr().out
+    assert "- a part: ok\n" in capsys.readouterr().out
 
     def moved():
         raise RuntimeError("it moved")
 
-    monkeypatch.setattr("trl_ext.upstream.CHECKS", {"a place": moved})
+    monkeypatch.setattr("trl_ext.upstream.CHECKS", {"a part": moved})
     assert cli.main(["env", "--check"]) == 1
-    assert "- a place: FAILED: it moved\n" in capsys.readouterr().out
+    assert "- a part: FAILED: it moved\n" in capsys.readouterr().out
 
 
 SCRIPT = """

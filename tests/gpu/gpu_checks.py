@@ -17,12 +17,12 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl_ext.trainers.grpo.step_rewards import ESTIMATORS
 
 from trl_ext.functional.kl import KL_ESTIMATORS, kl_in_loss
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 from trl_ext.trainers.grpo.kl import Head, exact_kl
-from trl_ext.trainers.grpo.step_rewards import ESTIMATORS
 
 
 class Size(NamedTuple):

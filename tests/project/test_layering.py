@@ -55,4 +55,4 @@ def test_an_unknown_public_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="module 'trl_ext' has no attribute 'PPOTrainer'"):
         _ = trl_ext.PPOTrainer
-    assert trl_ext.GRPOTrainer.__module__ == "trl_ext.trainers.grpo"
+    assert trl_ext.GRPOTrainer.__module__.startswith("trl_ext.trainers.grpo")

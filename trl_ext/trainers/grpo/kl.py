@@ -229,9 +229,7 @@ class KLPenalty:
         old = logps if old is None else old
         sums.append(kl_sums(proxy.penalties[0], logps, inputs["ref_per_token_logps"], old, mask))
 
-    def _term(
-        self, logps: torch.Tensor, hidden: torch.Tensor | None, inputs: dict, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def _term(self, logps: torch.Tensor, hidden: Any, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
         """The KL of each token as a term of the loss, `(B, T)`, with graph."""
         trainer = self.trainer
         if self.exact:

@@ -6,10 +6,11 @@ from contextlib import ExitStack
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 
+from ...upstream import check_overridden
 from ..foreign import Options, overriding_class, without_super
 from ..input_checks import require_eos
 from ..interruptions import Interruptible, add_callbacks, resumable
-from ..model_card import model_card_with_options
+from ..model_card import add_model_tag, model_card_with_options
 from .checks import check_data, kl_choice, makes_own_prompts
 from .config import GRPOConfig as GRPOConfig
 from .kl import BetaController, KLPenalty
@@ -50,6 +51,7 @@ class GRPOTrainer(Interruptible, _GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         given = inspect.signature(_GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        check_overridden(type(self))
         options = Options(given.get("args"))
         if options.process_reward_model is not None:
             del given["self"]
@@ -63,6 +65,8 @@ class GRPOTrainer(Interruptible, _GRPOTrainer):
             check_data(given, options, self._tokenizer)
         add_callbacks(self, options.callback_paths)
         self._take_over(options)
+        if self._is_ours:
+            add_model_tag(self)
 
     def _take_over(self, options: Options):
         """Makes the objects that do what the options ask for."""
