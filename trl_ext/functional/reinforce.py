@@ -46,6 +46,7 @@ class Spread(NamedTuple):
     std: torch.Tensor
 
     def normalised(self, dtype: torch.dtype) -> torch.Tensor:
+        """The values, centred and divided, `(N, T)`; 0 at tokens without weight."""
         centred = self.values - weighted_mean(self.values, self.weights)
         return (centred / self.std).where(self.weights > 0, 0.0).to(dtype)
 
