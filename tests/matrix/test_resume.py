@@ -252,7 +252,7 @@ def test_what_is_ours_is_written_before_what_makes_a_checkpoint_whole(tiny_model
     dpo = tiny_dpo.build(
         DPOTrainer, DPOConfig, tiny_model, tmp_path / "dpo", save_strategy="steps", save_steps=1, **loss
     )
-    for trainer, file in ((grpo, "grpo/checkpoint-1/kl_controller.json"), (dpo, "dpo/checkpoint-1/beta_dpo.json")):
+    for trainer, file in ((grpo, "grpo/checkpoint-1/trl_ext_state.json"), (dpo, "dpo/checkpoint-1/beta_dpo.json")):
         monkeypatch.setattr(trainer, "save_model", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             trainer.train()

@@ -14,7 +14,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 import trl_ext
 from trl_ext.trainers.grpo import GRPOConfig
-from trl_ext.trainers.grpo.kl import lm_head
+from trl_ext.trainers.grpo.exact_kl import lm_head
 from trl_ext.upstream import CHECKS
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]

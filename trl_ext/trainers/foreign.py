@@ -95,11 +95,11 @@ class Options:
     """
 
     def __init__(self, config: Any):
-        self._config = config
-        self._ours = {name: option(config, name) for name in our_fields(config)}
+        self._config, defaults = config, our_fields(config)
+        self._theirs = {name: defaults[name] for name in foreign_fields(config)}
 
     def __getattr__(self, name: str) -> Any:
-        return self._ours[name] if name in self._ours else getattr(self._config, name, None)
+        return self._theirs[name] if name in self._theirs else getattr(self._config, name, None)
 
 
 def options_set(config: Any) -> dict[str, Any]:
