@@ -37,6 +37,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
     ),
     f"{_GRPO}._compute_loss": ("self", "model", "inputs"),
+    f"{_GRPO}._log_completion_extra": ("self", "column", "values"),
     f"{_DPO}._prepare_inputs": ("self", "inputs"),
     f"{_DPO}.training_step": ("self", "args", "kwargs"),
     f"{_DPO}._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
