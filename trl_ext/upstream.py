@@ -1,9 +1,10 @@
 """
-The private places of TRL that the package leans on, and quick checks that they are where they were.
+The parts of TRL that trl_ext depends on beyond its public interface, and quick checks that they are as expected.
 
-`trl-ext env --check` and the contract test run all of [`CHECKS`]; no model is downloaded and nothing is sent.
+`trl-ext env --check` and the contract tests run all of [`CHECKS`]; no model is downloaded and nothing is sent.
 """
 
+import functools
 import importlib
 import inspect
 import tempfile
@@ -11,28 +12,57 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-# First parameters of what we override, call or replace.
-PARAMETERS = {
-    "trl.trainer.grpo_trainer.GRPOTrainer._generate": ("self", "prompts"),
-    "trl.trainer.grpo_trainer.GRPOTrainer._calculate_rewards": (
-        "self", "inputs", "prompts", "completions", "completion_ids_list",
-    ),
-    "trl.trainer.grpo_trainer.GRPOTrainer._generate_and_score_completions": ("self", "inputs"),
-    "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss": ("self", "model", "inputs"),
-    "trl.trainer.grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies": (
+_GRPO, _DPO = "trl.trainer.grpo_trainer.GRPOTrainer", "trl.trainer.dpo_trainer.DPOTrainer"
+# Of every trainer that we subclass. Some are of transformers, but TRL may override them in any release.
+_OF_EVERY_TRAINER = {
+    "train": ("self", "resume_from_checkpoint"),
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "_get_output_dir": ("self", "trial"),
+    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    "create_model_card": ("self", "model_name", "dataset_name", "tags"),
+    "log": ("self", "logs", "start_time"),
+}
+# What we override, call or replace, with the names of its first parameters.
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    **{f"{trainer}.{method}": names for trainer in (_GRPO, _DPO) for method, names in _OF_EVERY_TRAINER.items()},
+    f"{_GRPO}._prepare_inputs": ("self", "generation_batch"),
+    f"{_GRPO}.training_step": ("self", "model", "inputs", "num_items_in_batch"),
+    f"{_GRPO}._get_train_sampler": ("self", "dataset"),
+    f"{_GRPO}._generate_and_score_completions": ("self", "inputs"),
+    f"{_GRPO}._generate": ("self", "prompts"),
+    f"{_GRPO}._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    f"{_GRPO}._get_per_token_logps_and_entropies": (
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
     ),
-    "trl.trainer.dpo_trainer.DPOTrainer._compute_loss": ("self", "model", "inputs"),
-    "trl.trainer.dpo_trainer.DPOTrainer.compute_ref_log_probs": ("self", "model", "inputs"),
-    "trl.trainer.dpo_trainer.DPOTrainer._set_signature_columns_if_needed": ("self",),
-    "trl.trainer.base_trainer._BaseTrainer.create_model_card": ("self", "model_name", "dataset_name", "tags"),
+    f"{_GRPO}._compute_loss": ("self", "model", "inputs"),
+    f"{_DPO}._prepare_inputs": ("self", "inputs"),
+    f"{_DPO}.training_step": ("self", "args", "kwargs"),
+    f"{_DPO}._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
+    f"{_DPO}._set_signature_columns_if_needed": ("self",),
+    f"{_DPO}._precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
+    f"{_DPO}.compute_ref_log_probs": ("self", "model", "inputs"),
+    f"{_DPO}._compute_loss": ("self", "model", "inputs", "return_outputs"),
+    "trl.trainer.utils.is_async_callable": ("func",),
+    "trl.trainer.utils.selective_log_softmax": ("logits", "index"),
+    "trl.trainer.utils.use_adapter": ("model", "adapter_name"),
+    "trl.models.utils.disable_gradient_checkpointing": ("model", "gradient_checkpointing_kwargs"),
+    "trl.kernels.chunked_divergence.ChunkedDivergenceFunction.forward": (
+        "ctx", "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias",
+        "beta", "temperature", "student_logit_scale", "student_final_logit_softcapping", "teacher_logit_scale",
+        "teacher_final_logit_softcapping",
+    ),
+    "trl.scripts.utils.TrlParser.set_defaults_with_config": ("self", "kwargs"),
     "trl.scripts.utils.TrlParser.parse_args_into_dataclasses": ("self", "args", "return_remaining_strings"),
+    "trl.scripts.env.print_env": (),
+    "trl.cli.main.main": ("argv",),
     "trl.cli.accelerate_launcher.launch_training_script": ("script_name", "launch_args", "training_script_args"),
 }  # fmt: skip
 
 
 class UpstreamChanged(RuntimeError):
-    """A part of TRL that trl_ext depends on is not as expected; `what` is not, in a clause."""
+    """A part of TRL that trl_ext depends on is not as expected; `what` says in a clause what is different."""
 
     def __init__(self, what: str):
         import trl
@@ -43,12 +73,21 @@ class UpstreamChanged(RuntimeError):
         )
 
 
-def check_parameters(owner: Any) -> None:
-    """Compares the entries of [`PARAMETERS`] that `owner`, a class or a module of TRL, holds. Takes no time."""
+def check_parameters(owner: Any) -> int:
+    """
+    Compares what `owner`, a class or a module of TRL, holds with the entries of [`PARAMETERS`]. Reads signatures only.
+
+    Returns:
+        `int`: Number of entries that belong to `owner`.
+
+    Raises:
+        `UpstreamChanged`: If one is missing or takes other parameters.
+    """
     prefix = owner.__name__ if inspect.ismodule(owner) else f"{owner.__module__}.{owner.__qualname__}"
+    count = 0
     for path, expected in PARAMETERS.items():
-        place, _, attribute = path.rpartition(".")
-        if place != prefix:
+        parent, _, attribute = path.rpartition(".")
+        if parent != prefix:
             continue
         function = getattr(owner, attribute, None)
         if function is None:
@@ -56,30 +95,49 @@ def check_parameters(owner: Any) -> None:
         found = tuple(inspect.signature(function).parameters)
         if found[: len(expected)] != expected:
             raise UpstreamChanged(f"{path} takes {found}, expected {expected} first")
+        count += 1
+    return count
+
+
+def check_overridden(trainer_class: type) -> None:
+    """
+    Checks the methods of TRL that `trainer_class`, a subclass of one of TRL's trainers, overrides or calls. Called
+    when a trainer is made, so that a run with a TRL that has changed ends before it starts.
+
+    Raises:
+        `UpstreamChanged`: If one is missing, takes other parameters, or if TRL's trainer is another class.
+    """
+    theirs = [c for c in trainer_class.__mro__ if c.__module__.partition(".")[0] == "trl"]
+    if not sum(map(_checked_once, theirs)):
+        names = ", ".join(f"{c.__module__}.{c.__qualname__}" for c in theirs)
+        raise UpstreamChanged(f"{trainer_class.__name__} has none of TRL's known trainers among its bases ({names})")
+
+
+_checked_once = functools.cache(check_parameters)
 
 
 def _parameters(path: str) -> None:
-    place = path.rpartition(".")[0]
+    parent = path.rpartition(".")[0]
     owner: Any
     try:
-        owner = importlib.import_module(place)
+        owner = importlib.import_module(parent)
     except ModuleNotFoundError:  # a class
-        module, _, name = place.rpartition(".")
+        module, _, name = parent.rpartition(".")
         owner = getattr(importlib.import_module(module), name, None)
     if owner is None:
-        raise UpstreamChanged(f"{place} is gone")
-    check_parameters(owner if inspect.ismodule(owner) else _of_trl(owner))
+        raise UpstreamChanged(f"{parent} is gone")
+    check_parameters(owner if inspect.ismodule(owner) else trl_class(owner))
 
 
-def _of_trl(trainer: type) -> Any:
-    """TRL's own class, also where ours stands in its place."""
-    return next(c for c in trainer.__mro__ if c.__module__.partition(".")[0] == "trl")
+def trl_class(found: type) -> Any:
+    """TRL's own class, also where ours, a subclass, has been registered in its place."""
+    return next(c for c in found.__mro__ if c.__module__.partition(".")[0] == "trl")
 
 
 def _kl_product() -> None:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    found = inspect.getsource(_of_trl(GRPOTrainer)._compute_loss).count("self.beta * per_token_kl")
+    found = inspect.getsource(trl_class(GRPOTrainer)._compute_loss).count("self.beta * per_token_kl")
     if found != 1:
         raise UpstreamChanged(f"GRPOTrainer._compute_loss has {found} products `self.beta * per_token_kl`, expected 1")
 
@@ -87,9 +145,9 @@ def _kl_product() -> None:
 def _lazy_names() -> None:
     import trl
 
-    for place in (trl, trl.trainer):
-        if not hasattr(type(place), "__getattr__"):
-            raise UpstreamChanged(f"{place.__name__} is no lazy module any more")
+    for module in (trl, trl.trainer):
+        if not hasattr(type(module), "__getattr__"):
+            raise UpstreamChanged(f"{module.__name__} is no lazy module any more")
 
 
 def _launcher() -> None:
@@ -144,7 +202,7 @@ def _tiny_trainer(folder: str) -> Any:
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    class Silent(_of_trl(GRPOTrainer)):  # type: ignore[misc]
+    class Silent(trl_class(GRPOTrainer)):  # type: ignore[misc]
         def _send_telemetry(self):
             pass
 

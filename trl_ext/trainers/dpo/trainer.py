@@ -13,7 +13,7 @@ from trl.trainer.dpo_trainer import DPOTrainer as _DPOTrainer
 
 from ...functional.preference_losses import BETA_FLOOR, ODPO_FLOOR, PairBatch, batch_beta
 from ...lookup import import_path
-from ...upstream import UpstreamChanged
+from ...upstream import UpstreamChanged, check_overridden
 from ..input_checks import (
     checked_number,
     column_names,
@@ -24,7 +24,8 @@ from ..input_checks import (
     require_texts,
 )
 from ..interruptions import begin_checkpoint, keeping_dtypes, whole_checkpoint
-from ..model_card import describing_options
+from ..method_rows import rows_of
+from ..model_card import add_model_tag, model_card_with_options
 from .beta_dpo import MovingMargin
 from .config import READS_LABEL_SMOOTHING, PairLoss
 from .config import DPOConfig as DPOConfig
@@ -55,6 +56,7 @@ class DPOTrainer(_DPOTrainer):
     data_collator: Any
 
     def __init__(self, *args, **kwargs):
+        check_overridden(type(self))
         given = inspect.signature(_DPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
         config = given.get("args")
         if not isinstance(config, DPOConfig):  # TRL's plain config has none of our fields
@@ -81,6 +83,8 @@ class DPOTrainer(_DPOTrainer):
         # For TRL's constructor only, so that checkpoints record what the user wrote.
         with _temporarily(config, **during):
             super().__init__(*args, **kwargs)
+        if ours:
+            add_model_tag(self)
         if self._reference_free:
             self.precompute_ref_logps = False
         if self._columns:  # not before: the precompute pass inside the constructor must see TRL's collator
@@ -281,7 +285,7 @@ class DPOTrainer(_DPOTrainer):
             self._moving_margin.load(checkpoint)
 
     def create_model_card(self, *args, **kwargs):
-        with describing_options(self):
+        with model_card_with_options(self, rows_of(self.args.loss_type), ("beta", "loss_type")):
             super().create_model_card(*args, **kwargs)
 
 

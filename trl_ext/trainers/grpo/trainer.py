@@ -17,10 +17,11 @@ from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 from ...functional.kl import KL_ESTIMATORS, SATURATION, adapted_beta, k1, k2, k3, kl_in_loss
 from ...functional.reductions import nearly_equal, reward_at_end, weighted_mean
 from ...lookup import import_path, lookup
-from ...upstream import UpstreamChanged
+from ...upstream import UpstreamChanged, check_overridden
 from ..input_checks import datasets_of, require_columns, require_eos, require_texts
 from ..interruptions import begin_checkpoint, keeping_dtypes, resumable, whole_checkpoint
-from ..model_card import describing_options
+from ..method_rows import rows_of
+from ..model_card import add_model_tag, model_card_with_options
 from .kl import BetaTimes, check_kl, exact_kl, kl_choice, last_hidden_states, lm_head
 from .step_rewards import ESTIMATORS as ADVANTAGE_ESTIMATORS
 from .step_rewards import (
@@ -288,6 +289,7 @@ class GRPOTrainer(_GRPOTrainer):
     _kl_window: Any = 0.0  # sums since the adaptive beta last changed, see `_adapt_beta`
 
     def __init__(self, *args, **kwargs):
+        check_overridden(type(self))
         given = inspect.signature(_GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         if getattr(given.get("args"), "process_reward_model", None) is not None:
             del given["self"]
@@ -298,6 +300,8 @@ class GRPOTrainer(_GRPOTrainer):
         if checked:
             self._check_data(given)
         super().__init__(*args, **kwargs)
+        if self._is_ours:
+            add_model_tag(self)
         if checked and not self.use_vllm:
             require_eos(self._tokenizer)
             self._check_data(given, self._tokenizer)
@@ -663,5 +667,6 @@ class GRPOTrainer(_GRPOTrainer):
             metrics["advantages/frac_zero_variance_groups"].append(equal.double().mean().item())
 
     def create_model_card(self, *args, **kwargs):
-        with describing_options(self):
+        rows = rows_of(self._option("advantage_estimator"))
+        with model_card_with_options(self, rows, ("beta", "loss_type", "num_generations")):
             super().create_model_card(*args, **kwargs)

@@ -1,0 +1,256 @@
+"""The papers that the package implements: what docstrings link, docs/papers.md lists and model cards cite."""
+
+from typing import Any, NamedTuple
+
+
+class Paper(NamedTuple):
+    """
+    A paper, or a note, with the data of its citation.
+
+    Args:
+        cite (`str`):
+            Key of its BibTeX entry.
+        title (`str`):
+            Title.
+        authors (`str`):
+            Names, joined by "and" as BibTeX wants it.
+        year (`int`):
+            Year of the first version.
+        arxiv (`str`, *optional*):
+            Identifier there, such as `"2402.03300"`.
+        source (`dict[str, str]`, *optional*):
+            Where it appeared, if not on arXiv: further entries of its BibTeX, among them `doi` or `url`.
+    """
+
+    cite: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None = None
+    source: dict[str, str] = {}
+
+    @property
+    def url(self) -> str:
+        """The link that docstrings and docs give."""
+        if self.arxiv is not None:
+            return f"https://huggingface.co/papers/{self.arxiv}"
+        return f"https://doi.org/{self.source['doi']}" if "doi" in self.source else self.source["url"]
+
+    def for_card(self) -> dict[str, Any]:
+        """In the form of `_paper` of TRL's trainers."""
+        source = self.source if self.arxiv is None else {"eprint": f"arXiv:{self.arxiv}"}
+        entries = {"title": f"{{{self.title}}}", "author": self.authors, "year": self.year, **source}
+        lines = "".join(f"    {name:<7} = {{{value}}},\n" for name, value in entries.items())
+        return {"title": self.title, "id": self.arxiv, "citation": f"@article{{{self.cite},\n{lines}}}"}
+
+
+PAPERS: dict[str, Paper] = {
+    "reinforce": Paper(
+        "williams1992simple",
+        "Simple statistical gradient-following algorithms for connectionist reinforcement learning",
+        "Ronald J. Williams",
+        1992,
+        source={
+            "journal": "Machine Learning",
+            "volume": "8",
+            "pages": "229--256",
+            "doi": "10.1007/BF00992696",
+        },
+    ),
+    "deepseekmath": Paper(
+        "shao2024deepseekmath",
+        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        "Zhihong Shao and Peiyi Wang and Qihao Zhu and Runxin Xu and Junxiao Song and Mingchuan Zhang and Y. K. Li "
+        "and Y. Wu and Daya Guo",
+        2024,
+        "2402.03300",
+    ),
+    "rloo": Paper(
+        "ahmadian2024back",
+        "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in LLMs",
+        "Arash Ahmadian and Chris Cremer and Matthias Gallé and Marzieh Fadaee and Julia Kreutzer and Olivier "
+        "Pietquin and Ahmet Üstün and Sara Hooker",
+        2024,
+        "2402.14740",
+    ),
+    "reinforce_plus_plus": Paper(
+        "hu2025reinforce",
+        "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage Normalization",
+        "Jian Hu and Jason Klein Liu and Haotian Xu and Wei Shen",
+        2025,
+        "2501.03262",
+    ),
+    "dr_grpo": Paper(
+        "liu2025understanding",
+        "Understanding R1-Zero-Like Training: A Critical Perspective",
+        "Zichen Liu and Changyu Chen and Wenjun Li and Penghui Qi and Tianyu Pang and Chao Du and Wee Sun Lee and "
+        "Min Lin",
+        2025,
+        "2503.20783",
+    ),
+    "opo": Paper(
+        "hao2025onpolicy",
+        "On-Policy RL with Optimal Reward Baseline",
+        "Yaru Hao and Li Dong and Xun Wu and Shaohan Huang and Zewen Chi and Furu Wei",
+        2025,
+        "2505.23585",
+    ),
+    "math_shepherd": Paper(
+        "wang2023mathshepherd",
+        "Math-Shepherd: Verify and Reinforce LLMs Step-by-step without Human Annotations",
+        "Peiyi Wang and Lei Li and Zhihong Shao and R. X. Xu and Damai Dai and Yifei Li and Deli Chen and Y. Wu and "
+        "Zhifang Sui",
+        2023,
+        "2312.08935",
+    ),
+    "qwen_math_prm": Paper(
+        "zhang2025lessons",
+        "The Lessons of Developing Process Reward Models in Mathematical Reasoning",
+        "Zhenru Zhang and Chujie Zheng and Yangzhen Wu and Beichen Zhang and Runji Lin and Bowen Yu and Dayiheng Liu "
+        "and Jingren Zhou and Junyang Lin",
+        2025,
+        "2501.07301",
+    ),
+    "pure": Paper(
+        "cheng2025stop",
+        "Stop Summation: Min-Form Credit Assignment Is All Process Reward Model Needs for Reasoning",
+        "Jie Cheng and others",
+        2025,
+        "2504.15275",
+    ),
+    "prime": Paper(
+        "cui2025process",
+        "Process Reinforcement through Implicit Rewards",
+        "Ganqu Cui and Lifan Yuan and Zefan Wang and Hanbin Wang and others",
+        2025,
+        "2502.01456",
+    ),
+    "psipo": Paper(
+        "azar2023general",
+        "A General Theoretical Paradigm to Understand Learning from Human Preferences",
+        "Mohammad Gheshlaghi Azar and Mark Rowland and Bilal Piot and Daniel Guo and Daniele Calandriello and "
+        "Michal Valko and Rémi Munos",
+        2023,
+        "2310.12036",
+    ),
+    "gpo": Paper(
+        "tang2024generalized",
+        "Generalized Preference Optimization: A Unified Approach to Offline Alignment",
+        "Yunhao Tang and Zhaohan Daniel Guo and Zeyu Zheng and Daniele Calandriello and Rémi Munos and Mark Rowland "
+        "and Pierre Harvey Richemond and Michal Valko and Bernardo Ávila Pires and Bilal Piot",
+        2024,
+        "2402.05749",
+    ),
+    "dpo": Paper(
+        "rafailov2023direct",
+        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        "Rafael Rafailov and Archit Sharma and Eric Mitchell and Stefano Ermon and Christopher D. Manning and "
+        "Chelsea Finn",
+        2023,
+        "2305.18290",
+    ),
+    "nemotron_4": Paper(
+        "nvidia2024nemotron",
+        "Nemotron-4 340B Technical Report",
+        "{Nvidia}",
+        2024,
+        "2406.11704",
+    ),
+    "eva": Paper(
+        "ye2024scalable",
+        "Scalable Reinforcement Post-Training Beyond Static Human Prompts: Evolving Alignment via Asymmetric "
+        "Self-Play",
+        "Ziyu Ye and Rishabh Agarwal and Tianqi Liu and Rishabh Joshi and Sarmishta Velury and Quoc V. Le and Qijun "
+        "Tan and Yuan Liu",
+        2024,
+        "2411.00062",
+    ),
+    "rpo": Paper(
+        "sun2025rewardaware",
+        "Reward-aware Preference Optimization: A Unified Mathematical Framework for Model Alignment",
+        "Shengyang Sun and others",
+        2025,
+        "2502.00203",
+    ),
+    "odpo": Paper(
+        "amini2024direct",
+        "Direct Preference Optimization with an Offset",
+        "Afra Amini and Tim Vieira and Ryan Cotterell",
+        2024,
+        "2402.10571",
+    ),
+    "dpop": Paper(
+        "pal2024smaug",
+        "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive",
+        "Arka Pal and Deep Karkhanis and Samuel Dooley and Manley Roberts and Siddartha Naidu and Colin White",
+        2024,
+        "2402.13228",
+    ),
+    "length_dpo": Paper(
+        "park2024disentangling",
+        "Disentangling Length from Quality in Direct Preference Optimization",
+        "Ryan Park and Rafael Rafailov and Stefano Ermon and Chelsea Finn",
+        2024,
+        "2403.19159",
+    ),
+    "simpo": Paper(
+        "meng2024simpo",
+        "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+        "Yu Meng and Mengzhou Xia and Danqi Chen",
+        2024,
+        "2405.14734",
+    ),
+    "sppo": Paper(
+        "wu2024selfplay",
+        "Self-Play Preference Optimization for Language Model Alignment",
+        "Yue Wu and Zhiqing Sun and Huizhuo Yuan and Kaixuan Ji and Yiming Yang and Quanquan Gu",
+        2024,
+        "2405.00675",
+    ),
+    "chipo": Paper(
+        "huang2024correcting",
+        "Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimization via Chi-Squared "
+        "Preference Optimization",
+        "Audrey Huang and Wenhao Zhan and Tengyang Xie and Jason D. Lee and Wen Sun and Akshay Krishnamurthy and "
+        "Dylan J. Foster",
+        2024,
+        "2407.13399",
+    ),
+    "cal_dpo": Paper(
+        "xiao2024caldpo",
+        "Cal-DPO: Calibrated Direct Preference Optimization for Language Model Alignment",
+        "Teng Xiao and Yige Yuan and Huaisheng Zhu and Mingxiao Li and Vasant G. Honavar",
+        2024,
+        "2412.14516",
+    ),
+    "beta_dpo": Paper(
+        "wu2024betadpo",
+        "β-DPO: Direct Preference Optimization with Dynamic β",
+        "Junkang Wu and Yuexiang Xie and Zhengyi Yang and Jiancan Wu and Jinyang Gao and Bolin Ding and Xiang Wang "
+        "and Xiangnan He",
+        2024,
+        "2407.08639",
+    ),
+    "kl_approx": Paper(
+        "schulman2020approximating",
+        "Approximating KL Divergence",
+        "John Schulman",
+        2020,
+        source={"url": "http://joschu.net/blog/kl-approx.html"},
+    ),
+    "adaptive_kl": Paper(
+        "ziegler2019finetuning",
+        "Fine-Tuning Language Models from Human Preferences",
+        "Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and Dario Amodei and "
+        "Paul Christiano and Geoffrey Irving",
+        2019,
+        "1909.08593",
+    ),
+    "deepseek_v3_2": Paper(
+        "deepseekai2025deepseekv32",
+        "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models",
+        "{DeepSeek-AI}",
+        2025,
+        "2512.02556",
+    ),
+}
