@@ -24,7 +24,7 @@ def lookup(name: str, table: Mapping[str, Any], also: Collection[str] = ()) -> A
     """
     if isinstance(name, str) and name in table:
         return table[name]
-    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")) or "." not in name:
+    if not _is_dotted(name):
         raise ValueError(
             f"{name!r} is neither one of {sorted([*table, *also])} nor a dotted path such as 'my_package.my_function'."
         )
@@ -39,8 +39,10 @@ def import_path(path: str) -> Callable[..., Any]:
     worker process. TRL does likewise for reward functions.
 
     Raises:
-        `ValueError`: If the module or the attribute does not exist, or is not callable.
+        `ValueError`: If it is no dotted path, if the module or the attribute does not exist, or is not callable.
     """
+    if not _is_dotted(path):
+        raise ValueError(f"{path!r} is no dotted path such as 'my_package.my_function'.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     module_name, _, attribute = path.rpartition(".")
@@ -58,3 +60,7 @@ def import_path(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{path!r} is of type {type(found).__name__}, which cannot be called.")
     return found
+
+
+def _is_dotted(path: Any) -> bool:
+    return isinstance(path, str) and "." in path and all(part.isidentifier() for part in path.split("."))

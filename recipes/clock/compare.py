@@ -50,7 +50,7 @@ def train(kind: str, seed: int, output: Path, **overrides) -> dict:
     options = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     model, data = options.pop("model_name_or_path"), options.pop("dataset_name")
     functions, estimator = KINDS[kind]
-    changes = {"advantage_estimator": estimator, "callbacks": None, "seed": seed, **overrides}
+    changes = {"advantage_estimator": estimator, "callback_paths": None, "seed": seed, **overrides}
     changes |= {"output_dir": str(output / "runs"), "disable_tqdm": True}
     del options["reward_funcs"]
     args = GRPOConfig(**{**options, **changes})

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import trl_ext
 from trl_ext import __version__
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
-from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
+from trl_ext.functional.preference import PREFERENCE_LOSSES
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.model_card import _METHODS

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ..functional.preference_losses import MARGIN_LOSSES
+from ..functional.preference import MARGIN_LOSSES
 
 
 class MethodRow(NamedTuple):
