@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import Trainer
@@ -169,6 +170,7 @@ def without_super(trainer: Any, base: type, method: str, option: str) -> ValueEr
     )
 
 
+@dataclass(repr=False, eq=False)
 class OnlyInOurTrainer:
     """
     Stands before TRL's config among the bases of ours: a trainer that is not ours would ignore our options, so it is

@@ -73,7 +73,7 @@ def test_the_trainer_accepts_trls_own_config(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("precompute", [False, True], ids=["", "precompute"])
 def test_with_nothing_of_ours_set_trl_gets_what_the_user_gave(tiny_model, tmp_path, monkeypatch, precompute):
-    """Nothing of ours between the user and TRL: the same objects arrive, and no collator, cache key or check is ours."""
+    """The same objects arrive as in TRL, and no collator, cache key or check is ours."""
     arrived = {}
 
     def watched(name):
