@@ -18,9 +18,9 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 import trl_ext
 from trl_ext import cli, upstream
-from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
+from trl_ext.functional.preference import PREFERENCE_LOSSES
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
-from trl_ext.trainers.dpo.config import TRL_LOSSES
+from trl_ext.trainers.dpo.losses import TRL_LOSSES
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.grpo import GRPOTrainer as OurGRPOTrainer
 from trl_ext.trainers.grpo.exact_kl import lm_head

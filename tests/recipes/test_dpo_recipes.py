@@ -15,7 +15,7 @@ import trl_ext
 from recipes.clock.accuracy import read_rows
 from recipes.clock.pairs import HERE, PROMPTS, preference_pairs
 from recipes.clock.task import outcome_reward
-from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
+from trl_ext.functional.preference import PREFERENCE_LOSSES
 from trl_ext.trainers.dpo import DPOConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 import trl_ext
 from trl_ext import __version__
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
-from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
+from trl_ext.functional.preference import PREFERENCE_LOSSES
 from trl_ext.papers import PAPERS
-from trl_ext.trainers.method_rows import METHODS
 from trl_ext.trainers.model_card import model_card_with_options
 
 
@@ -135,7 +134,8 @@ def test_each_estimator_names_the_paper_that_its_docstring_links(name):
 
 def test_every_loss_has_its_method_except_the_one_without_paper():
     for name in {*PREFERENCE_LOSSES, "psipo"} - {"margin_dpo"}:
-        assert METHODS[name].method and METHODS[name].paper in PAPERS, name
+        row = PREFERENCE_LOSSES[name]
+        assert row.method and row.paper in PAPERS, name
 
 
 def test_the_card_of_a_preference_run_names_its_first_loss(tiny_model, tmp_path):

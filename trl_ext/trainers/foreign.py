@@ -3,7 +3,8 @@ What other people's subclasses of our configs and trainers may do, and what is s
 no effect.
 
 * A field of ours that somebody else's config declares again is theirs: [`foreign_fields`], [`option`].
-* A method of TRL's that somebody else's trainer overrides without `super()` is named: [`overriding_class`].
+* A method of TRL's that somebody else's trainer overrides without `super()` is named: [`overriding_class`],
+  [`overridden_without_super`].
 * A config of ours in a trainer that is not ours is refused: [`OnlyInOurTrainer`].
 """
 
@@ -11,11 +12,14 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import Trainer
+
+from ..upstream import UpstreamChanged
 
 
 def is_ours(cls: type) -> bool:
@@ -131,6 +135,49 @@ def overriding_class(trainer: Any, base: type, method: str) -> type | None:
     return next((cls for cls in before if method in vars(cls) and not is_ours(cls)), None)
 
 
+@contextmanager
+def overridden_without_super(
+    trainer: Any, base: type, methods: Sequence[str], option: str, ran: Callable[[], bool]
+) -> Iterator[None]:
+    """
+    Around a training step of a trainer with `option`, which needs one of `base`'s `methods` to run. If it has not when
+    the step ends, or fails because of that, the error says whose class is why.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer that makes the step.
+        base (`type`):
+            Our trainer class.
+        methods (`Sequence[str]`):
+            Methods through which ours is reached, the innermost first.
+        option (`str`):
+            The option, as the user wrote it.
+        ran (`Callable`):
+            Whether our method has run.
+
+    Raises:
+        `ValueError`: [`without_super`].
+    """
+    overridden = [name for name in methods if overriding_class(trainer, base, name)]
+    mute = [name for name in overridden if not _names_itself(trainer, base, name)]
+    try:
+        yield
+    except Exception as error:
+        if not ran() and mute:  # another's bug, before a call of super(), is no matter of ours
+            raise without_super(trainer, base, mute[0], option) from error
+        raise
+    if not ran():
+        if not overridden and all(name not in vars(trainer) for name in methods):
+            raise UpstreamChanged(f"a training step does not call {methods[0]}")
+        raise without_super(trainer, base, (mute or overridden or methods)[0], option)
+
+
+def _names_itself(trainer: Any, base: type, method: str) -> bool:
+    """Whether the overriding method mentions its own name, as in `super().method(...)` or `Base.method(self, ...)`."""
+    function = inspect.unwrap(vars(overriding_class(trainer, base, method))[method])
+    return method in getattr(getattr(function, "__code__", None), "co_names", ())
+
+
 def without_super(trainer: Any, base: type, method: str, option: str) -> ValueError:
     """The error to raise once it is seen that `base.method` did not run although `option` needs it."""
     cls = overriding_class(trainer, base, method) or type(trainer)
@@ -158,6 +205,7 @@ def watching(trainer: Any, method: str, around: Callable) -> Iterator[None]:
             setattr(trainer, method, before)
 
 
+@dataclass(repr=False, eq=False)
 class OnlyInOurTrainer:
     """
     Stands before TRL's config among the bases of ours: a trainer that is not ours would ignore our options, so it is

@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 
-from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
+from trl_ext.functional.preference import PREFERENCE_LOSSES
 from trl_ext.trainers.dpo import DPOConfig
-from trl_ext.trainers.dpo.config import SAME_AS_TRL, TRL_LOSSES
+from trl_ext.trainers.dpo.losses import SAME_AS_TRL, TRL_LOSSES
 
 REWARDS = {"chosen_reward_column": "good", "rejected_reward_column": "bad"}
 IPO = {"loss_type": ["psipo_identity"]}
@@ -35,8 +35,14 @@ def pair_loss(batch, *, strength=1.0):
         ({**IPO, "loss_weights": [1.0, 2.0]}, "`loss_weights` must have the same length as `loss_type`"),  # TRL's
         ({**IPO, "logp_reduction": "max"}, "logp_reduction must be 'sum' or 'mean', got 'max'."),
         ({**IPO, "beta": 0.0}, "beta must be positive, got 0.0."),
-        ({**IPO, "reward_scale": "1"}, "reward_scale must be a finite number, got '1'."),
-        ({**IPO, "callbacks": ["test_dpo_config.Nothing"]}, "'test_dpo_config.Nothing' cannot be imported"),
+        ({**IPO, "reward_margin_scale": "1"}, "reward_margin_scale must be a finite number, got '1'."),
+        (
+            {**IPO, "reward_margin_scale": 2.0},
+            "reward_margin_scale is the factor on the difference of two scores; set chosen_reward_column and",
+        ),
+        ({**IPO, "callback_paths": ["test_dpo_config.Nothing"]}, "'test_dpo_config.Nothing' cannot be imported"),
+        ({**IPO, "callback_paths": "Nothing"}, "'Nothing' is no dotted path such as 'my_package.my_function'."),
+        ({**IPO, "callback_paths": ["push-to.hub"]}, "'push-to.hub' is no dotted path such as"),
         # psi
         ({**IPO, "psi": "identity"}, "psi and loss_type 'psipo' need each other; set both, or neither."),
         ({"loss_type": ["psipo"]}, "psi and loss_type 'psipo' need each other; set both, or neither."),
@@ -58,15 +64,15 @@ def pair_loss(batch, *, strength=1.0):
         (
             {"loss_type": ["exo_pair"], "logp_reduction": "mean"},
             "loss_type 'exo_pair' is TRL's and cannot take logp_reduction, preference_prob_column or "
-            "sample_weight_column; only ['hinge', 'ipo', 'sigmoid', 'sigmoid_norm'] of TRL's names can.",
+            "pair_weight_column; only ['hinge', 'ipo', 'sigmoid', 'sigmoid_norm'] of TRL's names can.",
         ),
         (
             {"loss_type": ["sigmoid_norm"], "logp_reduction": "sum"},
             "loss_type 'sigmoid_norm' is the mean over tokens and contradicts logp_reduction='sum'; use 'sigmoid'",
         ),
         (
-            {"loss_type": ["sigmoid", "sft"], "sample_weight_column": "w"},
-            "loss_type 'sft' is TRL's, which cannot weight it; remove it or sample_weight_column.",
+            {"loss_type": ["sigmoid", "sft"], "pair_weight_column": "w"},
+            "loss_type 'sft' is TRL's, which cannot weight it; remove it or pair_weight_column.",
         ),
         (
             {"loss_type": ["gpo_hinge", "sft"], "use_weighting": True},
@@ -201,12 +207,8 @@ def test_ignored_label_smoothing_is_mentioned_once(name, message):
         {"loss_type": ["simpo", "robust"], "label_smoothing": 0.1},
         {"loss_type": "psipo_identity"},  # as in YAML
         {"loss_type": ["sigmoid"], "label_smoothing": 0.1, "logp_reduction": "sum"},
-        *(
-            {"loss_type": [name], **REWARDS}
-            for name in PREFERENCE_LOSSES
-            if name.startswith(("rpo", "odpo", "margin"))
-        ),
-        {"loss_type": ["sigmoid", "rpo_sq"], **REWARDS, "reward_scale": 2.0},
+        *({"loss_type": [name], **REWARDS} for name, row in PREFERENCE_LOSSES.items() if row.scores),
+        {"loss_type": ["sigmoid", "rpo_sq"], **REWARDS, "reward_margin_scale": 2.0},
         {"loss_type": ["psipo"], "psi": "torch.sin"},
         {"loss_type": ["psipo"], "psi": "test_dpo_config.infinite_at_one", "preference_prob_column": "p"},
         {"loss_type": ["dpop", "simpo"], "loss_kwargs": '{"dpop": {"lam": 5.0}}'},  # JSON, as on the command line
