@@ -71,7 +71,10 @@ class RewardBatch:
         for field in dataclasses.fields(self):
             value, expected = getattr(self, field.name), shapes.get(field.name, (rows, width))
             if isinstance(value, torch.Tensor) and value.shape != expected:
-                raise ValueError(f"{field.name} must be of shape {expected}, as outcome is, got {tuple(value.shape)}.")
+                raise ValueError(
+                    f"{field.name} must be of shape {expected} with an outcome of {(rows, width)}, got "
+                    f"{tuple(value.shape)}."
+                )
         if not (isinstance(self.num_generations, int) and self.num_generations > 0) or rows % self.num_generations:
             raise ValueError(
                 f"{rows} rows are no whole number of groups of num_generations={self.num_generations}. Give all "
