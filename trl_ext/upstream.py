@@ -45,6 +45,8 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_DPO}._precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
     f"{_DPO}.compute_ref_log_probs": ("self", "model", "inputs"),
     f"{_DPO}._compute_loss": ("self", "model", "inputs", "return_outputs"),
+    "trl.trainer.grpo_config.GRPOConfig.get_process_log_level": ("self",),
+    "trl.trainer.dpo_config.DPOConfig.get_process_log_level": ("self",),
     "trl.trainer.utils.is_async_callable": ("func",),
     "trl.trainer.utils.selective_log_softmax": ("logits", "index"),
     "trl.trainer.utils.use_adapter": ("model", "adapter_name"),

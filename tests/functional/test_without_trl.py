@@ -15,8 +15,6 @@ FILES = sorted([*Path(__file__).parent.glob("*.py"), *Path(trl_ext.functional.__
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_file_imports_nothing_of_trl(path):
-    if path.name == "test_beta_dpo.py":
-        pytest.skip("its tests of the trainer have not moved yet")
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
