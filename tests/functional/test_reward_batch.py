@@ -234,7 +234,9 @@ def test_per_completion_is_zero_where_a_row_cannot_learn_and_has_the_dtype_of_th
     assert per_row.dtype == torch.bfloat16 and per_row.shape == (4,)
 
 
-def test_outcomes_alone_is_the_same_batch_without_its_steps():
+def test_outcomes_alone_is_the_same_batch_without_its_steps_in_float64():
+    half = small(outcome=torch.ones(4, 3).half()).outcomes_alone()
+    assert half.outcome.dtype == F64 and torch.equal(half.outcome, torch.ones(4, 3, dtype=F64))
     batch = small(kl_penalty=torch.ones(4, 3), baseline=torch.ones(4), values=torch.ones(4, 4))
     alone = batch.outcomes_alone()
     assert alone.steps is None and alone.steps_scored is None and batch.steps is not None

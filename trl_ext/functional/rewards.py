@@ -124,8 +124,8 @@ class RewardBatch:
         return advantages.flatten().where(self.trainable.any(1), 0.0).to(self.outcome.dtype)
 
     def outcomes_alone(self) -> "RewardBatch":
-        """The same batch without its step rewards."""
-        return dataclasses.replace(self, steps=None, steps_scored=None)
+        """The same batch without its step rewards, in float64, so that sums with theirs are rounded once."""
+        return dataclasses.replace(self, outcome=self.outcome.double(), steps=None, steps_scored=None)
 
 
 def reward_at_end(returns: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
