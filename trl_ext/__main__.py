@@ -1,4 +1,4 @@
-"""`python -m trl_ext script.py …` or `python -m trl_ext -m module …`: run it with TRL's public names being ours."""
+"""`python -m trl_ext script.py …` or `python -m trl_ext -m module …`: runs it after `trl_ext.register()`."""
 
 import importlib.machinery
 import os
@@ -20,7 +20,7 @@ def main() -> None:
     if len(arguments) <= as_module or (arguments[0].startswith("-") and not as_module):
         raise SystemExit(USAGE)
     register()
-    sys.excepthook = _from_the_script_on
+    sys.excepthook = _print_from_the_script_on
     sys.argv = arguments[as_module:]
     if as_module:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -45,8 +45,8 @@ def _run_script(name: str) -> None:
     exec(loader.source_to_code(source, path), vars(module))
 
 
-def _from_the_script_on(kind, error, traceback) -> None:
-    """A traceback without the frames that only ran the script."""
+def _print_from_the_script_on(kind, error, traceback) -> None:
+    """Prints a traceback without the frames that only start the script."""
     ours = {__file__, runpy.__file__, "<frozen runpy>"}
     start = traceback
     while start is not None and start.tb_frame.f_code.co_filename in ours:

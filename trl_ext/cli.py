@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         from trl.cli.main import main as trl_main
 
         _set(undo, accelerate_launcher, "launch_training_script", _launch_training_script)
-        _set(undo, sys.modules["trl.cli.main"], "ArgumentParser", _named_after_us)
+        _set(undo, sys.modules["trl.cli.main"], "ArgumentParser", _prog_is_trl_ext)
         _set(undo, trl, "TrlParser", _parser_class())
         try:
             return trl_main(argv)
@@ -40,17 +40,17 @@ def main(argv: list[str] | None = None) -> int:
             return 2
 
 
-def _set(undo: ExitStack, place: Any, name: str, value: Any) -> None:
-    undo.callback(setattr, place, name, getattr(place, name))
-    setattr(place, name, value)
+def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    undo.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
 
 
-def _named_after_us(**kwargs) -> argparse.ArgumentParser:
+def _prog_is_trl_ext(**kwargs) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(**{**kwargs, "prog": "trl-ext"})
 
 
 def _parser_class() -> type:
-    """TRL's parser, but strict: what it would drop or pass on unread is an error that names the closest option."""
+    """TRL's parser, made strict: an option that it would ignore is an error, which names the closest one there is."""
     from trl.scripts.utils import TrlParser
 
     class Parser(TrlParser):
@@ -77,7 +77,7 @@ def _parser_class() -> type:
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, names: list[str]) -> None:
-    """What TRL's parser does not take must be an option of `accelerate launch`."""
+    """Refuses names that are options neither of the command nor of `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
 
     theirs = [*_options(launch_command_parser()), "accelerate_config"]
@@ -95,7 +95,7 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _launch_training_script(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
-    """TRL's own, but for `-m trl_ext` before the script: a patch of this process would not reach the workers."""
+    """As TRL's, with `-m trl_ext` put before the script: a patch of this process would not reach the workers."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     parser = launch_command_parser()
@@ -123,11 +123,11 @@ def _flags_without_values(parser: argparse.ArgumentParser, words: list[str]) -> 
 
 
 def _env(argv: list[str]) -> int:
-    """What TRL prints, and our version; with `--check`, whether TRL is laid out as we expect."""
+    """Prints what `trl env` prints, and our version; with `--check`, also whether TRL is as trl_ext expects it."""
     from trl.scripts.env import print_env
 
     parser = argparse.ArgumentParser(prog="trl-ext env", description="Print the environment information.")
-    parser.add_argument("--check", action="store_true", help="also check the places of TRL that trl_ext leans on")
+    parser.add_argument("--check", action="store_true", help="also check the parts of TRL that trl_ext depends on")
     args = parser.parse_args(argv)
     with redirect_stdout(io.StringIO()) as printed:
         print_env()
@@ -137,14 +137,14 @@ def _env(argv: list[str]) -> int:
 
     from .upstream import CHECKS
 
-    print("Places of TRL that trl_ext leans on:\n")
+    print("Parts of TRL that trl_ext depends on:\n")
     failed = 0
     warnings.simplefilter("ignore")  # TRL's remarks on the tiny run of the check
     for name, check in CHECKS.items():
         try:
             check()
             print(f"- {name}: ok")
-        except Exception as error:  # a place that moved may fail in any way; the list goes on
+        except Exception as error:  # what has changed may fail in any way; the list goes on
             failed += 1
             print(f"- {name}: FAILED: {error or type(error).__name__}")
     return int(failed > 0)

@@ -1,4 +1,4 @@
-"""From the name in a config to the function: an entry of a table, or a dotted path."""
+"""Finds the function that a name in a config stands for: an entry of a table, or a dotted path."""
 
 import importlib
 import os
@@ -24,7 +24,7 @@ def lookup(name: str, table: Mapping[str, Any], also: Collection[str] = ()) -> A
     """
     if isinstance(name, str) and name in table:
         return table[name]
-    if not _is_dotted(name):
+    if not _is_dotted_path(name):
         raise ValueError(
             f"{name!r} is neither one of {sorted([*table, *also])} nor a dotted path such as 'my_package.my_function'."
         )
@@ -36,13 +36,13 @@ def import_path(path: str) -> Callable[..., Any]:
     The callable at a dotted path, whose last part is an attribute of the module before it.
 
     The working directory is searched last, so that a path means the same in a script, on the command line and in every
-    worker process. TRL does likewise for reward functions.
+    worker process. TRL does the same for reward functions.
 
     Raises:
-        `ValueError`: If it is no dotted path, if the module or the attribute does not exist, or is not callable.
+        `ValueError`: If it is no dotted path, the module or the attribute does not exist, or is not callable.
     """
-    if not _is_dotted(path):
-        raise ValueError(f"{path!r} is no dotted path such as 'my_package.my_function'.")
+    if not _is_dotted_path(path):
+        raise ValueError(f"{path!r} is not a dotted path such as 'my_package.my_function'.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     module_name, _, attribute = path.rpartition(".")
@@ -62,5 +62,5 @@ def import_path(path: str) -> Callable[..., Any]:
     return found
 
 
-def _is_dotted(path: Any) -> bool:
-    return isinstance(path, str) and "." in path and all(part.isidentifier() for part in path.split("."))
+def _is_dotted_path(name: Any) -> bool:
+    return isinstance(name, str) and "." in name and all(part.isidentifier() for part in name.split("."))

@@ -1,4 +1,4 @@
-"""TRL's public names become ours: scripts that import `trl.GRPOTrainer` get the subclass with our options."""
+"""Replaces TRL's public names: scripts that import `trl.GRPOTrainer` get the subclass with our options."""
 
 import importlib
 import importlib.abc
@@ -6,12 +6,14 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
+from types import ModuleType
 from typing import Any
 
-from .upstream import check_parameters
+from .upstream import UpstreamChanged, check_parameters
 
-# TRL's public name → our module that defines a subclass of that name. Nothing else has to know about a new entry.
+# TRL's public name → our module with the subclass of that name. A new name needs this entry only.
 _NAMES = {
     "DPOConfig": "trl_ext.trainers.dpo",
     "DPOTrainer": "trl_ext.trainers.dpo",
@@ -19,8 +21,7 @@ _NAMES = {
     "GRPOTrainer": "trl_ext.trainers.grpo",
 }
 _TESTED = (1, 16)  # the minor version of TRL that the tests run with, as in constraints.txt
-_PLACES = ("trl", "trl.trainer")  # two lazy modules, each with its own copy of a name
-_originals: dict[tuple[str, str], Any] = {}  # (module, name) → what it held before
+_LAZY_MODULES = ("trl", "trl.trainer")  # both offer the public names, and each keeps those that were asked for
 
 
 def register() -> AbstractContextManager:
@@ -31,7 +32,8 @@ def register() -> AbstractContextManager:
     replaced in the module that defines it when that module is imported. A config stays TRL's there, because pickled
     arguments refer to it by that path.
 
-    Names that were imported from TRL earlier stay TRL's; a warning lists them.
+    Names that were imported from TRL earlier, and classes that were derived from them, stay TRL's; a warning lists
+    them.
 
     Returns:
         `AbstractContextManager`: In a `with` statement, [`unregister`] runs at the end, unless the names were ours
@@ -48,23 +50,24 @@ def register() -> AbstractContextManager:
     ```
     """
     undo = ExitStack()
-    if _finder in sys.meta_path:
+    if _registered() is not None:
         return undo
-    for place in _PLACES:
-        importlib.import_module(place)
+    for module in _LAZY_MODULES:
+        importlib.import_module(module)
     _refuse_foreign_patches()
     _warn_of_newer_version()
     _warn_of_earlier_names()
-    sys.meta_path.insert(0, _finder)
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
     undo.callback(unregister)
     try:
-        for place in _PLACES:
-            held = vars(sys.modules[place])
-            _originals.update({(place, name): held.pop(name) for name in _NAMES if name in held})
-            held["__getattr__"] = _our  # PEP 562: asked before TRL's own lazy lookup
+        for module in _LAZY_MODULES:
+            held = vars(sys.modules[module])
+            finder.originals.update({(module, name): held.pop(name) for name in _NAMES if name in held})
+            held["__getattr__"] = _our_class  # PEP 562: asked before TRL's own lazy lookup
         for name in filter(_is_trainer, _NAMES):
-            if _home(name) in sys.modules:
-                _bind(name)
+            if _defining_module(name) in sys.modules:
+                _bind_trainer(name, finder)
     except BaseException:
         undo.close()
         raise
@@ -72,52 +75,79 @@ def register() -> AbstractContextManager:
 
 
 def unregister() -> None:
-    """Gives TRL's public names back to TRL. Without [`register`] before, it changes nothing."""
-    if _finder not in sys.meta_path:
+    """Undoes [`register`]. Without it before, nothing changes."""
+    finder = _registered()
+    if finder is None:
         return
-    sys.meta_path.remove(_finder)
-    for place in _PLACES:
-        vars(sys.modules[place]).pop("__getattr__", None)
-    for (place, name), original in _originals.items():
-        held = vars(sys.modules[place])
-        if place not in _PLACES or name not in held:  # otherwise another package has set it since
+    sys.meta_path.remove(finder)
+    for module in _LAZY_MODULES:
+        vars(sys.modules[module]).pop("__getattr__", None)
+    for (module, name), original in finder.originals.items():
+        held = vars(sys.modules[module])
+        if module not in _LAZY_MODULES or name not in held:  # otherwise another package has set it since
             held[name] = original
-    _originals.clear()
+
+
+def _registered() -> Any:
+    """Our finder, if it is installed. Found by name, because `importlib.reload` of this module makes a new class."""
+    ours = (f for f in sys.meta_path if (type(f).__module__, type(f).__qualname__) == (__name__, "_Finder"))
+    return next(ours, None)
 
 
 def _is_trainer(name: str) -> bool:
     return name.endswith("Trainer")
 
 
-def _home(name: str) -> str:
-    """TRL's module that defines a name: `GRPOTrainer` lives in `trl.trainer.grpo_trainer`."""
+def _defining_module(name: str) -> str:
+    """TRL's module that defines a public name: `trl.trainer.grpo_trainer` for `GRPOTrainer`."""
     return "trl.trainer." + re.sub("(Config|Trainer)$", r"_\1", name).lower()
 
 
-def _our(name: str) -> Any:
-    """What `trl` and `trl.trainer` answer first when they hold no such name."""
+def _our_module(name: str) -> ModuleType:
+    """
+    Our module with the subclass of that name. An `AttributeError` while it is loaded must not leave as one: Python
+    would take it for the answer that there is no such name, and TRL's lookup would give TRL's class without a word.
+    """
+    try:
+        return importlib.import_module(_NAMES[name])
+    except AttributeError as error:
+        raise UpstreamChanged(f"{_NAMES[name]} cannot be loaded ({error})") from error
+
+
+def _our_class(name: str) -> Any:
+    """`__getattr__` of `trl` and `trl.trainer` while registered."""
     if name not in _NAMES:
         raise AttributeError(name)
-    return getattr(importlib.import_module(_NAMES[name]), name)
+    is_loading = _NAMES[name] in sys.modules
+    module = _our_module(name)
+    if not hasattr(module, name) and not is_loading:
+        raise UpstreamChanged(f"{_NAMES[name]} was loaded without {name}")
+    return getattr(module, name)  # while it is loaded, what it imports gets TRL's class: an AttributeError leads there
 
 
-def _bind(name: str) -> None:
+def _bind_trainer(name: str, finder: "_Finder") -> None:
     """Puts our trainer in TRL's defining module, once both are loaded, for those who import it from there."""
-    theirs, ours = importlib.import_module(_home(name)), importlib.import_module(_NAMES[name])
+    theirs, ours = importlib.import_module(_defining_module(name)), _our_module(name)
     if not hasattr(ours, name):
-        return  # our module is importing TRL's at this moment, and needs the original; its own end comes here again
+        return  # our module is importing TRL's now and needs the original; this runs again when it is loaded
     held = getattr(theirs, name)
     if held is not getattr(ours, name):
         check_parameters(held)
-        _originals[_home(name), name] = held
+        finder.originals[_defining_module(name), name] = held
         setattr(theirs, name, getattr(ours, name))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find TRL's defining modules and ours, and binds our trainer after either was executed."""
+    """
+    Binds our trainer whenever TRL's defining module or ours has been loaded; to find them is left to the other
+    finders. It also holds what was replaced, so that whoever finds it in `sys.meta_path` can undo that.
+    """
+
+    def __init__(self):
+        self.originals: dict[tuple[str, str], Any] = {}  # (module, name) → what stood there before
 
     def find_spec(self, fullname, path=None, target=None):
-        names = [name for name in filter(_is_trainer, _NAMES) if fullname in (_home(name), _NAMES[name])]
+        names = [name for name in filter(_is_trainer, _NAMES) if fullname in (_defining_module(name), _NAMES[name])]
         if not names:
             return None
         specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
@@ -128,23 +158,20 @@ class _Finder(importlib.abc.MetaPathFinder):
             def execute_and_bind(module):
                 execute(module)
                 for name in names:
-                    _bind(name)
+                    _bind_trainer(name, self)
 
             spec.loader.exec_module = execute_and_bind  # type: ignore[method-assign]
         return spec
 
 
-_finder = _Finder()
-
-
 def _refuse_foreign_patches() -> None:
     for name in _NAMES:
-        for place in (*_PLACES, _home(name)):
-            held = getattr(sys.modules.get(place), "__dict__", {}).get(name)
+        for module in (*_LAZY_MODULES, _defining_module(name)):
+            held = getattr(sys.modules.get(module), "__dict__", {}).get(name)
             source = getattr(held, "__module__", None) or type(held).__module__
-            if held is not None and source != _home(name):
+            if held is not None and source != _defining_module(name):
                 raise RuntimeError(
-                    f"{place}.{name} was replaced by {source} already; trl_ext cannot build on that. "
+                    f"{module}.{name} was replaced by {source} already; trl_ext cannot build on that. "
                     "Import and use only one of the two packages."
                 )
 
@@ -157,25 +184,43 @@ def _warn_of_newer_version() -> None:
     if found and tuple(map(int, found.groups())) > _TESTED and os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(
             f"trl_ext was tested with TRL {'.'.join(map(str, _TESTED))}; this is TRL {trl.__version__}. Where TRL has "
-            "moved, training stops with an error that names the place; `trl-ext env --check` looks for it now.",
+            "changed, training stops with an error that says where; `trl-ext env --check` looks for it now.",
             stacklevel=3,
         )
 
 
 def _warn_of_earlier_names() -> None:
-    originals = {id(getattr(sys.modules[_home(name)], name)) for name in _NAMES if _home(name) in sys.modules}
-    if not originals:
-        return
-    earlier = sorted(
-        f"{place}.{name}"
-        for place, module in list(sys.modules.items())
-        if place.partition(".")[0] not in ("trl", "trl_ext")
-        for name, value in list(getattr(module, "__dict__", {}).items())
-        if id(value) in originals
-    )
+    homes = ((name, sys.modules.get(_defining_module(name))) for name in _NAMES)
+    originals = [getattr(home, name) for name, home in homes if home is not None]
+    earlier = sorted({*_names_of(originals), *(f"{c.__module__}.{c.__qualname__}" for c in _subclasses(originals))})
     if earlier:
         warnings.warn(
             f"These names were imported from TRL before trl_ext.register() and stay TRL's: {', '.join(earlier)}. "
-            "Register first, then import them.",
+            "Register first, then import them and define subclasses.",
             stacklevel=3,
         )
+
+
+def _names_of(originals: list[type]) -> Iterator[str]:
+    """Where other people's modules hold one of these classes."""
+    wanted = {id(original) for original in originals}
+    seen: set[int] = set()
+    for path, module in list(sys.modules.items()):
+        names = getattr(module, "__dict__", {})
+        if _is_foreign(path) and id(names) not in seen:  # `datasets` gives the main module a second name
+            seen.add(id(names))
+            yield from (f"{path}.{name}" for name, value in list(names.items()) if id(value) in wanted)
+
+
+def _subclasses(classes: list[type]) -> Iterator[type]:
+    """Other people's classes below these, but not those below ours."""
+    child: type
+    for parent in classes:
+        for child in type.__subclasses__(parent):
+            if child.__module__.partition(".")[0] != "trl_ext":
+                yield from [child] if _is_foreign(child.__module__) else []
+                yield from _subclasses([child])
+
+
+def _is_foreign(module: str) -> bool:
+    return module.partition(".")[0] not in ("trl", "trl_ext")

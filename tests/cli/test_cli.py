@@ -106,7 +106,7 @@ def test_a_users_script_gets_our_classes_and_options_in_both_processes(folder):
     two_processes(*command, results=["rank0.json", "rank1.json"])
     for rank in (0, 1):
         found = json.loads((folder / f"rank{rank}.json").read_text())
-        assert found["grpo"] == "trl_ext.trainers.grpo" and found["same"]
+        assert found["grpo"] == "trl_ext.trainers.grpo.trainer" and found["same"]
         assert found["dpo"] == _NAMES.get("DPOTrainer", "trl.trainer.dpo_trainer")
         assert found["processes"] == 2
         assert found["estimator"] == "reinforce_plus_plus" and "advantages/std" in found["logged"]
@@ -122,7 +122,7 @@ def test_the_same_script_without_us_is_trls_and_without_our_options_gives_the_sa
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(json.loads((folder / "rank0.json").read_text()))
     theirs, ours = results
-    assert (theirs["grpo"], ours["grpo"]) == ("trl.trainer.grpo_trainer", "trl_ext.trainers.grpo")
+    assert (theirs["grpo"], ours["grpo"]) == ("trl.trainer.grpo_trainer", "trl_ext.trainers.grpo.trainer")
     for name in ("same", "processes", "estimator", "logged", "weights", "name, file, argv, path"):
         assert ours[name] == theirs[name], name
 
@@ -235,21 +235,21 @@ def test_the_overview_and_an_unknown_command_bear_our_name(capsys):
     )
 
 
-def test_env_adds_our_version_and_checks_the_seams_on_request(capsys, monkeypatch):
-    monkeypatch.setattr("trl_ext.upstream.CHECKS", {"a place": lambda: None})
+def test_env_adds_our_version_and_checks_trl_on_request(capsys, monkeypatch):
+    monkeypatch.setattr("trl_ext.upstream.CHECKS", {"a part": lambda: None})
     assert cli.main(["env"]) == 0
     printed = capsys.readouterr().out
     assert f"- TRL version: {trl.__version__}" in printed
-    assert printed.endswith(f"- trl_ext version: {trl_ext.__version__}\n\n") and "a place" not in printed
+    assert printed.endswith(f"- trl_ext version: {trl_ext.__version__}\n\n") and "a part" not in printed
     assert cli.main(["env", "--check"]) == 0
-    assert "- a place: ok\n" in capsys.readouterr().out
+    assert "- a part: ok\n" in capsys.readouterr().out
 
     def moved():
         raise RuntimeError("it moved")
 
-    monkeypatch.setattr("trl_ext.upstream.CHECKS", {"a place": moved})
+    monkeypatch.setattr("trl_ext.upstream.CHECKS", {"a part": moved})
     assert cli.main(["env", "--check"]) == 1
-    assert "- a place: FAILED: it moved\n" in capsys.readouterr().out
+    assert "- a part: FAILED: it moved\n" in capsys.readouterr().out
 
 
 SCRIPT = """

@@ -1,6 +1,7 @@
 """`register()`: which names become ours, when, and how they are given back."""
 
 import importlib
+import importlib.machinery
 import pickle
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_one_line_of_the_table_registers_a_name(monkeypatch):
 @pytest.mark.parametrize("name", registration._NAMES)
 def test_each_name_of_the_table_is_a_subclass_of_trls(name):
     theirs = getattr(trl, name)
-    assert theirs.__module__ == registration._home(name)
+    assert theirs.__module__ == registration._defining_module(name)
     with trl_ext.register():
         ours = getattr(trl, name)
         assert issubclass(ours, theirs) and ours is not theirs
@@ -99,6 +100,63 @@ def test_names_imported_before_are_listed_in_a_warning(monkeypatch):
     text = str(caught[0].message)
     assert "user_module.GRPOConfig, user_module.Trainer" in text
     assert "trl.trainer" not in text and "trl_ext.trainers" not in text
+
+
+def test_a_subclass_defined_before_is_listed_too(monkeypatch):
+    class Early(ORIGINALS[0]):
+        pass
+
+    class Later(Early):
+        pass
+
+    class OfOurs(trl_ext.GRPOTrainer):
+        pass
+
+    with pytest.warns(UserWarning, match="before trl_ext.register") as caught:
+        trl_ext.register()
+    text = str(caught[0].message)
+    assert "<locals>.Early" in text and "<locals>.Later" in text
+    assert "OfOurs" not in text and "trl_ext.trainers" not in text
+
+
+def test_a_module_with_two_names_is_listed_once(monkeypatch):
+    early = types.ModuleType("user_module")
+    early.GRPOConfig = ORIGINALS[1]
+    monkeypatch.setitem(sys.modules, "user_module", early)
+    monkeypatch.setitem(sys.modules, "the_same_module", early)
+    with pytest.warns(UserWarning, match="before trl_ext.register") as caught:
+        trl_ext.register()
+    assert "user_module.GRPOConfig" in str(caught[0].message) and "the_same" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("error", [AttributeError("type object '_DPOConfig' has no attribute '_VALID'"), None])
+def test_our_module_that_cannot_be_loaded_is_an_error_and_not_trls_class(monkeypatch, error):
+    class Finder:
+        def find_spec(self, fullname, path=None, target=None):
+            return importlib.machinery.ModuleSpec(fullname, self) if fullname == "broken_module_of_ours" else None
+
+        def create_module(self, spec):
+            return None
+
+        def exec_module(self, module):
+            if error is not None:
+                raise error
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    monkeypatch.setitem(registration._NAMES, "DPOConfig", "broken_module_of_ours")
+    with trl_ext.register(), pytest.raises(RuntimeError, match="broken_module_of_ours") as caught:
+        _ = trl.DPOConfig
+    assert caught.value.__cause__ is error and f"TRL {trl.__version__} is not laid out" in str(caught.value)
+    sys.modules.pop("broken_module_of_ours", None)
+
+
+def test_registration_can_be_reloaded_while_it_is_in_force():
+    trl_ext.register()
+    importlib.reload(registration)
+    registration.register()
+    assert trl.GRPOTrainer is trl_ext.GRPOTrainer and sum("_Finder" in repr(f) for f in sys.meta_path) == 1
+    registration.unregister()
+    assert trl.GRPOTrainer is ORIGINALS[0] and grpo_trainer.GRPOTrainer is ORIGINALS[0]
 
 
 @pytest.mark.parametrize("place", [trl, trl.trainer, grpo_trainer])
@@ -136,8 +194,9 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules, "regist
 assert time.monotonic() - start < 5
 
 def forget():
-    for name in ("trl.trainer.grpo_trainer", "trl_ext.trainers.grpo"):
-        sys.modules.pop(name, None)
+    for name in [name for name in sys.modules if name.startswith("trl_ext.trainers.grpo")]:
+        del sys.modules[name]
+    sys.modules.pop("trl.trainer.grpo_trainer", None)
 
 # An experimental trainer of TRL, then each way to the name, first of all imports.
 from trl.experimental.gmpo import GMPOTrainer
@@ -156,7 +215,7 @@ for line in (
     exec(line)
     home = sys.modules["trl.trainer.grpo_trainer"]
     assert home.GRPOTrainer is GRPOTrainer is sys.modules["trl_ext.trainers.grpo"].GRPOTrainer, line
-    assert GRPOTrainer.__module__ == "trl_ext.trainers.grpo", line
+    assert GRPOTrainer.__module__ == "trl_ext.trainers.grpo.trainer", line
     assert GRPOTrainer.__mro__[1].__module__ == "trl.trainer.grpo_trainer", line
     assert GRPOTrainer.__mro__[1].__mro__[1].__module__ == "trl.trainer.base_trainer", line
     assert home.GRPOConfig.__module__ == "trl.trainer.grpo_config", line

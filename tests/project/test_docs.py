@@ -114,8 +114,12 @@ def test_the_gsm8k_reward_compares_numbers():
 
 
 def test_the_readme_and_ci_run_the_same_test_command():
-    command = re.search(r"^pip install .*&& pytest$", (ROOT / "README.md").read_text(), re.MULTILINE)[0]
-    assert command.removeprefix("pip install ") in (ROOT / ".ci/run").read_text()
+    install, test = re.search(
+        r"^pip install (.*) && (pytest)$", (ROOT / "README.md").read_text(), re.MULTILINE
+    ).groups()
+    run = (ROOT / ".ci/run").read_text().splitlines()
+    assert f"pip install --quiet {install}" in run and test in run
+    assert {"ruff check .", "ruff format --check .", "mypy"} <= {*run[: run.index(test)]}
 
 
 def test_the_public_names_exist():

@@ -107,7 +107,7 @@ def test_a_token_classifier_is_read_at_the_last_token_of_the_separator(saved, nu
         expected.append(row)
     prm = ProcessRewardModel(folder, "token_classifier", batch_size=2)
     assert_scores(prm(prompts=PROMPTS, completion_steps=STEPS), expected)
-    both = ProcessRewardModel(folder, "token_classifier", difference=True)(prompts=PROMPTS, completion_steps=STEPS)
+    both = ProcessRewardModel(folder, "token_classifier", score="difference")(prompts=PROMPTS, completion_steps=STEPS)
     assert_scores(both, [[2 * value - 1 for value in row] for row in expected])
 
 
@@ -196,6 +196,7 @@ def test_four_bit_weights_score_nearly_the_same(saved):
     ("options", "message"),
     [
         ({"kind": "value"}, "kind must be one of ['chat', 'good_bad', 'marker', 'token_classifier'], got 'value'."),
+        ({"kind": "marker", "score": "logit"}, "score must be one of ['probability', 'difference'], got 'logit'."),
         ({"kind": "chat", "separator": "\n"}, "separator must be left out for 'chat'."),
         ({"kind": "marker", "separator": ""}, "separator must be a text for 'marker'."),
         ({"kind": "marker", "batch_size": 0}, "batch_size must be a positive whole number, got 0."),

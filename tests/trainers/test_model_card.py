@@ -1,6 +1,7 @@
 """What a registered run leaves behind: the model card, checkpoints, and who can load them."""
 
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ import trl_ext
 from trl_ext import __version__
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.functional.preference import PREFERENCE_LOSSES
-from trl_ext.trainers.dpo import DPOConfig
-from trl_ext.trainers.grpo import GRPOConfig
-from trl_ext.trainers.model_card import _METHODS
+from trl_ext.papers import PAPERS
+from trl_ext.trainers.method_rows import METHODS
+from trl_ext.trainers.model_card import model_card_with_options
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,8 @@ def test_the_card_names_the_method_its_paper_and_the_options(tiny_model, tmp_pat
     assert "    eprint  = {arXiv:2501.03262},\n}\n" in text
     assert (
         f"### Options of trl_ext {__version__}\n\n- `advantage_estimator`: `reinforce_plus_plus`\n"
-        "- `advantage_kwargs`: `{'gamma': 0.9}`\n- `kl_placement`: `reward`\n\n### Framework versions\n" in text
+        "- `advantage_kwargs`: `{'gamma': 0.9}`\n- `kl_placement`: `reward`\n- `beta`: `0.1`\n"
+        "- `loss_type`: `dapo`\n- `num_generations`: `4`\n\n### Framework versions\n" in text
     )
     assert all(f"- {tag}\n" in text for tag in ("trl", "grpo", "trl-ext", "clock"))
 
@@ -80,25 +82,64 @@ def test_other_options_are_listed_under_trls_method(tiny_model, tmp_path):
     assert "- `advantage_estimator`: `group_relative`\n" in text
 
 
+class Row(NamedTuple):
+    """What a table's row says to the card."""
+
+    method: str = ""
+    paper: str = ""
+
+
+def written(trainer, tmp_path, *rows, also=()):
+    with model_card_with_options(trainer, rows, also):
+        super(type(trainer), trainer).create_model_card(model_name="mine")
+    return (tmp_path / "README.md").read_text()
+
+
+def test_the_first_row_with_a_method_names_the_card(tiny_model, tmp_path):
+    run = trainer(tiny_model, tmp_path)
+    text = written(run, tmp_path, Row(), Row("RLOO", "rloo"), Row("OPO", "opo"), also=["beta", "loss_type"])
+    assert f"trained with RLOO, a method introduced in [{PAPERS['rloo'].title}]({PAPERS['rloo'].url})" in text
+    assert f"### Options of trl_ext {__version__}\n\n- `beta`: `0.0`\n- `loss_type`: `dapo`\n\n### Fr" in text
+
+
+def test_a_method_without_a_paper_cites_none(tiny_model, tmp_path):
+    text = written(trainer(tiny_model, tmp_path), tmp_path, Row("Mine"))
+    assert "This model was trained with Mine" in text
+    assert "DeepSeekMath" not in text and "Cite Mine" not in text
+
+
+def test_after_the_card_the_trainer_has_its_own_name_paper_and_tags(tiny_model, tmp_path):
+    run = trainer(tiny_model, tmp_path, **REINFORCE_PLUS_PLUS)
+    before = run._name, run._paper, run._tag_names
+    assert "trained with RLOO" in written(run, tmp_path, Row("RLOO", "rloo"))
+    assert (run._name, run._paper, run._tag_names) == before
+    with pytest.raises(ZeroDivisionError), model_card_with_options(run, [Row("OPO", "opo")]):
+        _ = 1 / 0
+    assert (run._name, run._paper, run._tag_names) == before
+
+
+def test_the_card_of_an_adapter_keeps_the_tag(tiny_model, tmp_path):
+    run = trainer(tiny_model, tmp_path, **REINFORCE_PLUS_PLUS, lora=True)
+    run.save_model(str(tmp_path / "adapter"))
+    assert "- trl-ext\n" in (tmp_path / "adapter" / "README.md").read_text()
+    off = trainer(tiny_model, tmp_path, lora=True)
+    off.save_model(str(tmp_path / "off"))
+    assert "trl-ext" not in (tmp_path / "off" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", sorted(ADVANTAGE_ESTIMATORS.keys() - {"group_relative"}))
-def test_each_estimator_has_its_method_and_paper(name):
-    method, paper = _METHODS["advantage_estimator", name]
-    documentation = ADVANTAGE_ESTIMATORS[name].__doc__
-    assert method and paper["title"] in paper["citation"]
-    assert f"huggingface.co/papers/{paper['id']}" in documentation or "10.1007/BF00992696" in documentation
+def test_each_estimator_names_the_paper_that_its_docstring_links(name):
+    row = METHODS[name]
+    assert row.method and PAPERS[row.paper].url in ADVANTAGE_ESTIMATORS[name].__doc__
 
 
-def test_methods_are_options_of_ours():
-    assert {option for option, _ in _METHODS} <= {*GRPOConfig.__dataclass_fields__, *DPOConfig.__dataclass_fields__}
-
-
-def test_every_loss_has_its_method_but_for_the_one_without_paper():
-    named = {value for option, value in _METHODS if option == "loss_type"}
-    assert named == {*PREFERENCE_LOSSES, "psipo"} - {"margin_dpo"}
+def test_every_loss_has_its_method_except_the_one_without_paper():
+    for name in {*PREFERENCE_LOSSES, "psipo"} - {"margin_dpo"}:
+        assert METHODS[name].method and METHODS[name].paper in PAPERS, name
 
 
 def test_the_card_of_a_preference_run_names_its_first_loss(tiny_model, tmp_path):
-    from tiny_dpo import build as build_dpo
+    from tiny.dpo import build as build_dpo
 
     run = build_dpo(trl.DPOTrainer, trl.DPOConfig, tiny_model, tmp_path, loss_type=["sft", "psipo_identity", "dpop"])
     text = card(run, tmp_path)

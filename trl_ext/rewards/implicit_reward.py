@@ -1,6 +1,7 @@
 """The reward that a preference-trained policy implies, as a reward function."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class ImplicitReward:
         `ValueError`: If there is no reference.
     """
 
-    def __init__(self, model, processing_class, beta: float, ref_model=None, batch_size: int = 16):
+    def __init__(self, model: Any, processing_class: Any, beta: float, ref_model: Any = None, batch_size: int = 16):
         if ref_model is None and not is_peft_model(model):
             raise ValueError("The implicit reward needs a reference: pass ref_model, or a PEFT model as model.")
         self.model = model
@@ -46,12 +47,16 @@ class ImplicitReward:
         self.batch_size = batch_size
         self.__name__ = "implicit_reward"  # under which TRL logs it
 
-    def __call__(self, prompts: list, completions: list, completion_ids=None, **kwargs: Any) -> list[float]:
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[float]:
         """Reward of each completion: the sum of [`per_token`]."""
         return [rewards.sum().item() for rewards in self.per_token(prompts, completions, completion_ids)]
 
     @torch.no_grad()
-    def per_token(self, prompts: list, completions: list, completion_ids=None) -> list[torch.Tensor]:
+    def per_token(
+        self, prompts: list, completions: list, completion_ids: list[list[int]] | None = None
+    ) -> list[torch.Tensor]:
         """
         Reward of each token of each completion.
 
@@ -84,14 +89,14 @@ class ImplicitReward:
             rewards += [self.beta * (p - r) for p, r in zip(policy, reference, strict=True)]
         return rewards
 
-    def _prompt_ids(self, prompt) -> list[int]:
+    def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             return self.processing_class(prompt)["input_ids"]
         return self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
             "input_ids"
         ]
 
-    def _tokens(self, prompt, completion) -> tuple[list[int], list[int]]:
+    def _tokens(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
         """Prompt and completion as DPO training tokenises them: together, then cut where the prompt ends."""
         if isinstance(prompt, str):
             end = self.processing_class.eos_token
@@ -106,7 +111,7 @@ class ImplicitReward:
             cut += 1
         return ids[:cut], ids[cut:]
 
-    def _log_probs(self, model, batch) -> list[torch.Tensor]:
+    def _log_probs(self, model: Any, batch: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
         ids = [torch.tensor(prompt + completion) for prompt, completion in batch]
         input_ids = pad_sequence(ids, batch_first=True).to(model.device)
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(model.device)
@@ -117,7 +122,7 @@ class ImplicitReward:
 
 
 @contextlib.contextmanager
-def _in_eval_mode(model):
+def _in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -16,6 +16,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+_SCORES = ("probability", "difference")
 # What a kind writes after each step. "chat" writes nothing: it answers each step with `good`.
 _SEPARATORS = {"token_classifier": "\n", "marker": "<extra_0>", "good_bad": " ки\n", "chat": ""}
 
@@ -39,7 +40,7 @@ class ProcessRewardModel:
     - `"chat"`: a language model in which steps are user turns and `good` answers each (RLHFlow). Read at the token
       before the answer.
 
-    The score is the probability of good, against bad alone.
+    Good and bad are the only two outcomes: their probabilities add up to 1.
 
     Args:
         model (`str`):
@@ -51,8 +52,9 @@ class ProcessRewardModel:
             `"<extra_0>"`, `" ки\n"`. Not for `"chat"`.
         good, bad (`str`, *optional*, defaults to `"+"` and `"-"`):
             The two tokens of `"good_bad"` and `"chat"`.
-        difference (`bool`, *optional*, defaults to `False`):
-            \\(P(\text{good})-P(\text{bad})\\), in [−1, 1], instead of \\(P(\text{good})\\), in [0, 1].
+        score (`str`, *optional*, defaults to `"probability"`):
+            `"probability"`: \\(P(\text{good})\\), in [0, 1]. `"difference"`: \\(P(\text{good})-P(\text{bad})\\), in
+            [−1, 1].
         system_prompt (`str`, *optional*):
             System message before the prompt, for tokenizers with a chat template.
         batch_size (`int`, *optional*, defaults to `8`):
@@ -79,7 +81,7 @@ class ProcessRewardModel:
         separator: str | None = None,
         good: str = "+",
         bad: str = "-",
-        difference: bool = False,
+        score: str = "probability",
         system_prompt: str | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
@@ -90,13 +92,15 @@ class ProcessRewardModel:
     ):
         if kind not in _SEPARATORS:
             raise ValueError(f"kind must be one of {sorted(_SEPARATORS)}, got {kind!r}.")
+        if score not in _SCORES:
+            raise ValueError(f"score must be one of {list(_SCORES)}, got {score!r}.")
         separator = _SEPARATORS[kind] if separator is None else separator
         if (kind == "chat") != (separator == ""):
             raise ValueError(f"separator must be {'left out' if kind == 'chat' else 'a text'} for {kind!r}.")
         for name, value in (("batch_size", batch_size), ("max_length", max_length or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}.")
-        self.kind, self.separator, self.answers, self.difference = kind, separator, (bad, good), difference
+        self.kind, self.separator, self.answers, self.score = kind, separator, (bad, good), score
         self.system_prompt, self.batch_size, self.max_length = system_prompt, batch_size, max_length
         self.source: dict[str, Any] = {
             "pretrained_model_name_or_path": model,
@@ -156,7 +160,7 @@ class ProcessRewardModel:
         """The last token of `answer` (a tokenizer may put a mark for the start of a word before it)."""
         return self.tokenizer(answer, add_special_tokens=False)["input_ids"][-1]
 
-    def __call__(self, prompts: list, completion_steps: list[list[str]], **kwargs) -> list[list[float | None]]:
+    def __call__(self, prompts: list, completion_steps: list[list[str]], **kwargs: Any) -> list[list[float | None]]:
         """Scores of the steps of each completion, `None` beyond `max_length`."""
         self.load()
         encoded = [self._encode(prompt, steps) for prompt, steps in zip(prompts, completion_steps, strict=True)]
@@ -191,7 +195,7 @@ class ProcessRewardModel:
                 "good), or 1."
             )
         good = logits.float().softmax(-1)[..., 1].cpu()
-        good = 2 * good - 1 if self.difference else good
+        good = 2 * good - 1 if self.score == "difference" else good
         return [
             [good[row, place].item() if place < width else None for place in places]
             for row, (_, places) in enumerate(batch)

@@ -33,7 +33,7 @@ def model_card_with_options(trainer: Any, rows: Iterable[Any], also: Iterable[st
         yield
         return
     options |= {name: getattr(trainer.args, name) for name in also}
-    shown = {"_tag_names": [*type(trainer)._tag_names, TAG]}
+    shown: dict[str, Any] = {"_tag_names": [*type(trainer)._tag_names, TAG]}
     if row := next((row for row in rows if row.method), None):
         shown |= {"_name": row.method, "_paper": PAPERS[row.paper].for_card() if row.paper else {}}
     before = {name: vars(trainer)[name] for name in shown if name in vars(trainer)}

@@ -35,7 +35,7 @@ class GlobalMargins:
     moving_std: float
     noise: torch.Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.margins.dim() != 1:
             raise ValueError(f"GlobalMargins.margins has shape {tuple(self.margins.shape)}; expected (N,).")
         if self.noise is not None and self.noise.shape != self.margins.shape:
@@ -85,7 +85,7 @@ class PairBatch:
     rejected_logratios: torch.Tensor = None  # type: ignore[assignment]
     global_margins: GlobalMargins | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         pairs = self.chosen_logps.shape[:1]
         for field in dataclasses.fields(self):
             if isinstance(value := getattr(self, field.name), torch.Tensor):
