@@ -80,8 +80,6 @@ class DPOTrainer(Interruptible, _DPOTrainer):
         images = {"image", "images"} & {*column_names(given.get("train_dataset"))}
         return {} if images else {"precompute_ref_log_probs": True}  # TRL's way of keeping none; not for images
 
-    # Data
-
     def _check_data(self, dataset, name: str):
         check_columns(dataset, name, self._columns)
         require_columns(dataset, name, ["chosen", "rejected"])
