@@ -7,6 +7,8 @@ The expected advantages, KL and gradient are computed here by loops and autograd
 
 import re
 import sys
+import warnings
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -318,3 +320,195 @@ def test_a_subclass_trains_with_its_result_or_is_named(one_step, reference, meth
     if change == "tokens":
         assert seen.inputs["completion_ids"].size(1) == 3 < 7
     agree(seen, by_hand(seen, option, change, reference))
+
+
+# More than the table
+
+
+def test_a_loss_of_its_own_may_say_that_it_takes_token_advantages(one_step, reference):
+    theirs = subclass("_compute_loss", "whole")
+    theirs.per_token_advantages = True
+    seen = one_step(theirs, **OPTIONS["token"])
+    agree(seen, by_hand(seen, "token", None, reference))
+
+
+@pytest.fixture
+def gmpo(monkeypatch):
+    """TRL's experimental GMPO under registration: a subclass of our trainer with a loss of its own."""
+    for name in [name for name in sys.modules if name.startswith("trl.experimental.gmpo")]:
+        monkeypatch.delitem(sys.modules, name)
+    with warnings.catch_warnings(action="ignore"), trl_ext.register():
+        from trl.experimental.gmpo import GMPOTrainer
+    for name in [name for name in sys.modules if name.startswith("trl.experimental.gmpo")]:
+        del sys.modules[name]
+    assert issubclass(GMPOTrainer, GRPOTrainer)
+    return GMPOTrainer
+
+
+@pytest.mark.parametrize("option", ["token", "steps", "k2", "exact", "kl in reward"])
+def test_gmpo_refuses_what_its_loss_does_not_read(one_step, gmpo, option):
+    with pytest.raises(ValueError, match="gmpo_trainer.GMPOTrainer overrides _compute_loss without") as caught:
+        one_step(gmpo, **OPTIONS[option])
+    assert re.search(IN_WORDS[option], str(caught.value))
+
+
+def test_gmpo_trains_with_one_advantage_per_completion(one_step, gmpo, reference, monkeypatch):
+    """Its ratio is 1 on the policy that sampled, so the gradient is that of the mean log-prob of each completion."""
+    seen, found = one_step(subclass("_generate", "whole"), **OPTIONS["completion"]), []
+    theirs = gmpo._compute_loss
+    monkeypatch.setattr(gmpo, "_compute_loss", lambda s, m, i: (found.append(i["advantages"]), theirs(s, m, i))[1])
+    one_step(gmpo, **OPTIONS["completion"])
+    assert torch.equal(found[0], seen.inputs["advantages"])
+
+
+def test_an_error_before_the_loss_is_not_blamed_on_an_override_with_super(one_step):
+    def fails(self, inputs, *args):
+        raise RuntimeError("their own")
+
+    theirs = type("Theirs", (subclass("_compute_loss", twice),), {"_calculate_rewards": fails})
+    with pytest.raises(RuntimeError, match="^their own$"):
+        one_step(theirs, **OPTIONS["token"])
+
+
+def test_an_error_above_super_is_left_as_it_is(one_step):
+    class Theirs(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            inputs["missing"]
+            return super()._compute_loss(model, inputs)
+
+    with pytest.raises(KeyError, match="missing"):
+        one_step(Theirs, **OPTIONS["k2"])
+
+
+@pytest.mark.parametrize("option", ["k2", "exact"])
+def test_a_method_between_ours_and_trls_is_named(one_step, option):
+    def own_loss(self, model, inputs):
+        return model.lm_head.weight.sum() * 0.0
+
+    mixin = type("Between", (TRL,), {"__module__": "their_code", "_compute_loss": own_loss})
+    sentence = "their_code.Between overrides _compute_loss and does not multiply beta .* remove kl_estimator='"
+    with pytest.raises(ValueError, match=sentence):
+        one_step(type("Theirs", (GRPOTrainer, mixin), {}), **OPTIONS[option])
+
+
+def test_a_result_without_what_exact_needs_is_named(one_step):
+    def drop(batch):
+        return {name: value for name, value in batch.items() if name != "ref_hidden_states"}
+
+    theirs = subclass("_generate_and_score_completions", drop)
+    with pytest.raises(ValueError, match="their_code.Theirs overrides _gen.* and leaves .* remove kl_estimator='exact'"):
+        one_step(theirs, **OPTIONS["exact"])
+
+
+def test_a_method_replaced_on_the_object_is_seen_too(one_step):
+    def replace(trainer):
+        trainer._compute_loss = lambda model, inputs: TRL._compute_loss(trainer, model, inputs)
+
+    with pytest.raises(ValueError, match="overrides _compute_loss without .*kl_estimator='k2'"):
+        one_step(GRPOTrainer, prepare=replace, **OPTIONS["k2"])
+
+
+def test_the_tool_mask_is_the_one_that_a_subclass_returns(one_step, reference):
+    def without_first_token(result):
+        prompt_ids, ids, _, *rest = result
+        return prompt_ids, ids, [[0] + [1] * (len(i) - 1) for i in ids], *rest
+
+    seen = one_step(subclass("_generate", without_first_token), **OPTIONS["token"])
+    advantages, mask = seen.inputs["advantages"], seen.inputs["completion_mask"].bool()
+    assert not advantages[:, 0].any() and advantages[:, 1:][mask[:, 1:]].all()
+    assert advantages[:, 1:][mask[:, 1:]].mean().item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("option", ["k2", "exact", "kl in reward"])
+def test_a_beta_of_zero_switches_the_kl_off_as_in_trl(one_step, option):
+    """A schedule of the user's may end there."""
+
+    def no_beta(trainer):
+        trainer.beta = 0.0
+
+    seen = one_step(GRPOTrainer, prepare=no_beta, **OPTIONS[option])
+    assert "ref_per_token_logps" not in seen.inputs
+    expected = {k: v for k, v in OPTIONS[option].items() if k == "advantage_estimator"}
+    plain = one_step(GRPOTrainer, **expected)
+    assert all(torch.equal(seen.gradient[name], value) for name, value in plain.gradient.items())
+
+
+def test_a_trainer_made_without_its_constructor_is_trls():
+    trainer = object.__new__(GRPOTrainer)
+    trainer.args, trainer.model = None, torch.nn.Linear(1, 1)
+    theirs = {name: getattr(TRL, name) for name in ("_compute_loss", "_generate_and_score_completions")}
+    for name, function in theirs.items():
+        try:
+            setattr(TRL, name, lambda self, *args: args)
+            batch = {"advantages": 1}
+            args = (trainer.model, batch) if name == "_compute_loss" else (batch,)
+            assert getattr(trainer, name)(*args) == args
+        finally:
+            setattr(TRL, name, function)
+    assert trainer.get_extra_state() == {} and trainer._get_train_sampler.__func__ is GRPOTrainer._get_train_sampler
+
+
+# Configs
+
+
+@dataclass
+class TheirConfig(GRPOConfig):
+    """Fields of open-r1, axolotl and others."""
+
+    advantage_estimator: str = "grpo"
+    kl_estimator: str = "k1"
+    callbacks: list[str] = field(default_factory=lambda: ["push_to_hub_revision"])
+    callback_paths: list[str] = field(default_factory=lambda: ["no_such_callback"])
+    step_separator: str = "###"
+    kl_target: str = "low"
+    reward_clip_range: str = "none"
+
+
+@dataclass
+class Deliberate(GRPOConfig):
+    trl_ext_fields = ("advantage_estimator",)
+    advantage_estimator: str | None = "leave_one_out"
+
+
+def test_fields_that_a_config_declares_again_are_its_own(one_step):
+    with pytest.warns(UserWarning, match="declared by that class") as caught:
+        seen = one_step(GRPOTrainer, TheirConfig, beta=BETA)
+    (warning,) = [w for w in caught if "declared by that class" in str(w.message)]
+    for name in ("advantage_estimator", "kl_estimator", "callback_paths", "step_separator", "kl_target"):
+        assert f"TheirConfig.{name}" in str(warning.message)
+    args = seen.trainer.args
+    assert (args.advantage_estimator, args.kl_estimator, args.step_separator) == ("grpo", "k1", "###")
+    assert not seen.trainer._is_ours
+    expected = one_step(TRL, trl_class(GRPOConfig), beta=BETA)
+    assert all(torch.equal(value, expected.gradient[name]) for name, value in seen.gradient.items())
+    weights = dict(expected.trainer.model.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in seen.trainer.model.named_parameters())
+
+
+def test_a_value_of_theirs_that_is_also_ours_switches_nothing_on(one_step):
+    with pytest.warns(UserWarning, match="declared by that class"):
+        seen = one_step(GRPOTrainer, TheirConfig, advantage_estimator="reinforce_plus_plus")
+    assert not seen.trainer._is_ours and seen.inputs["advantages"].dim() == 1
+
+
+def test_a_config_may_mean_our_option(one_step, reference):
+    seen = one_step(GRPOTrainer, Deliberate)
+    agree(seen, by_hand(seen, "completion", None, reference))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({**OPTIONS[name]} for name in OPTIONS),
+        {"advantage_estimator": "reinforce", "num_generations": 1},
+        {"callback_paths": ["transformers.PrinterCallback"]},
+    ],
+)
+def test_trls_own_trainer_refuses_our_options(tiny_model, tmp_path, options):
+    with pytest.raises(ValueError, match="grpo_trainer.GRPOTrainer does not know the options of trl_ext that are set"):
+        build(TRL, GRPOConfig, tiny_model, tmp_path, **{"per_device_train_batch_size": 8, **options})
+
+
+def test_trls_own_trainer_takes_our_config_with_nothing_set(one_step):
+    seen, expected = one_step(TRL), one_step(TRL, trl_class(GRPOConfig))
+    assert all(torch.equal(value, expected.gradient[name]) for name, value in seen.gradient.items())
