@@ -396,7 +396,9 @@ def test_a_result_without_what_exact_needs_is_named(one_step):
         return {name: value for name, value in batch.items() if name != "ref_hidden_states"}
 
     theirs = subclass("_generate_and_score_completions", drop)
-    with pytest.raises(ValueError, match="their_code.Theirs overrides _gen.* and leaves .* remove kl_estimator='exact'"):
+    with pytest.raises(
+        ValueError, match="their_code.Theirs overrides _gen.* and leaves .* remove kl_estimator='exact'"
+    ):
         one_step(theirs, **OPTIONS["exact"])
 
 

@@ -152,7 +152,9 @@ class KLPenalty:
             with last_hidden_states(self.trainer.accelerator.unwrap_model(model)) as collected:
                 result = theirs(model, *args, **kwargs)
             if result[0] is not self.own_logps:
-                raise self._refused(_LOG_PROBS, "returns log-probs of its own, which kl_estimator='exact' does not read")
+                raise self._refused(
+                    _LOG_PROBS, "returns log-probs of its own, which kl_estimator='exact' does not read"
+                )
             width = result[0].size(1)
             hidden = torch.cat(collected)[:, -width - 1 : -1]  # the state before a token predicts it
             passes.append(ForwardPass(result[0], hidden))
