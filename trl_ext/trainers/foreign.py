@@ -3,14 +3,14 @@ What other people's subclasses of our configs and trainers may do, and what is s
 no effect.
 
 * A field of ours that somebody else's config declares again is theirs: [`foreign_fields`], [`option`].
-* A method of TRL's that somebody else's trainer overrides without `super()` is named: [`overriding_class`],
-  [`overridden_without_super`].
+* A method of TRL's that somebody else's trainer overrides without `super()` is named: [`overriding_class`], [`Needed`].
 * A config of ours in a trainer that is not ours is refused: [`OnlyInOurTrainer`].
 """
 
 import functools
 import inspect
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -127,11 +127,11 @@ def warn_of_foreign_fields(config: Any, stacklevel: int = 4) -> None:
 
 def overriding_class(trainer: Any, base: type, method: str) -> type | None:
     """
-    Somebody else's class that stands before `base`, our trainer, in the order of ancestors of `trainer` and defines
-    `method`; the first such. `None`: nobody overrides it.
+    Somebody else's class that stands before the class that `base`, our trainer, extends, in the order of ancestors of
+    `trainer`, and defines `method`; the first such. `None`: nobody overrides it.
     """
-    mro = type(trainer).__mro__
-    before = mro[: mro.index(base)] if base in mro else ()
+    mro, theirs = type(trainer).__mro__, next(cls for cls in base.__mro__ if not is_ours(cls))
+    before = mro[: mro.index(theirs)] if theirs in mro else ()
     return next((cls for cls in before if method in vars(cls) and not is_ours(cls)), None)
 
 
@@ -186,6 +186,63 @@ def without_super(trainer: Any, base: type, method: str, option: str) -> ValueEr
         f"{option} has no effect with it. Call super().{method}(...) there and change its result, or remove the "
         "option."
     )
+
+
+class Needed:
+    """
+    The methods of ours without which an option has no effect, until each has run once.
+
+    Args:
+        base (`type`):
+            Our trainer class.
+        ways (`dict[str, tuple[str, ...]]`):
+            For each method the names on the way to it, itself included: a subclass may cut it off at any of them.
+    """
+
+    def __init__(self, base: type, ways: dict[str, tuple[str, ...]]):
+        self._base, self._ways = base, ways
+        self._options: dict[str, str] = {}
+
+    def add(self, method: str, option: str) -> None:
+        """`option`, in the words of a sentence, needs `method`."""
+        self._options.setdefault(method, option)
+
+    def has_run(self, method: str) -> None:
+        """Called by the method itself."""
+        self._options.pop(method, None)
+
+    def check(self, trainer: Any, method: str, error: Exception | None = None) -> None:
+        """
+        Raises `ValueError` if `method` should have run by now and somebody's override has kept it from running. After
+        an `error` only if it came through an override that does not mention `super()`, which is then the reason to
+        give: a loss that takes one advantage per completion was given several, for example.
+        """
+        if method not in self._options:
+            return
+        for name in self._ways[method]:
+            cls = overriding_class(trainer, self._base, name)
+            replaced = cls is not None or name in vars(trainer)
+            if replaced and (error is None or (cls is not None and _came_through(error, vars(cls)[name]))):
+                raise without_super(trainer, self._base, name, self._options[method]) from error
+
+    @contextmanager
+    def after(self, trainer: Any) -> Iterator[None]:
+        """Around everything in which the methods should run: [`check`] of each."""
+        try:
+            yield
+        except Exception as error:
+            for method in self._ways:
+                self.check(trainer, method, error)
+            raise
+        for method in self._ways:
+            self.check(trainer, method)
+
+
+def _came_through(error: Exception, override: Any) -> bool:
+    """Whether an error was raised below an override that does not mention `super()`."""
+    code = getattr(inspect.unwrap(override), "__code__", None)
+    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return code is not None and "super" not in code.co_names and code in frames
 
 
 @contextmanager
