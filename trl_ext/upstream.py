@@ -27,8 +27,6 @@ _OF_EVERY_TRAINER = {
 # What we override, call or replace, with the names of its first parameters.
 PARAMETERS: dict[str, tuple[str, ...]] = {
     **{f"{trainer}.{method}": names for trainer in (_GRPO, _DPO) for method, names in _OF_EVERY_TRAINER.items()},
-    "trl.trainer.grpo_config.GRPOConfig.get_process_log_level": ("self",),
-    "trl.trainer.dpo_config.DPOConfig.get_process_log_level": ("self",),
     f"{_GRPO}._prepare_inputs": ("self", "generation_batch"),
     f"{_GRPO}.training_step": ("self", "model", "inputs", "num_items_in_batch"),
     f"{_GRPO}._get_train_sampler": ("self", "dataset"),

@@ -3,7 +3,8 @@ What other people's subclasses of our configs and trainers may do, and what is s
 no effect.
 
 * A field of ours that somebody else's config declares again is theirs: [`foreign_fields`], [`option`].
-* A method of TRL's that somebody else's trainer overrides without `super()` is named: [`overriding_class`], [`Needed`].
+* A method of TRL's that somebody else's trainer overrides without `super()` is named: [`overriding_class`],
+  [`Needed`].
 * A config of ours in a trainer that is not ours is refused: [`OnlyInOurTrainer`].
 """
 
@@ -12,7 +13,7 @@ import inspect
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -135,49 +136,6 @@ def overriding_class(trainer: Any, base: type, method: str) -> type | None:
     return next((cls for cls in before if method in vars(cls) and not is_ours(cls)), None)
 
 
-@contextmanager
-def overridden_without_super(
-    trainer: Any, base: type, methods: Sequence[str], option: str, ran: Callable[[], bool]
-) -> Iterator[None]:
-    """
-    Around a training step of a trainer with `option`, which needs one of `base`'s `methods` to run. If it has not when
-    the step ends, or fails because of that, the error says whose class is why.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            Trainer that makes the step.
-        base (`type`):
-            Our trainer class.
-        methods (`Sequence[str]`):
-            Methods through which ours is reached, the innermost first.
-        option (`str`):
-            The option, as the user wrote it.
-        ran (`Callable`):
-            Whether our method has run.
-
-    Raises:
-        `ValueError`: [`without_super`].
-    """
-    overridden = [name for name in methods if overriding_class(trainer, base, name)]
-    mute = [name for name in overridden if not _names_itself(trainer, base, name)]
-    try:
-        yield
-    except Exception as error:
-        if not ran() and mute:  # another's bug, before a call of super(), is no matter of ours
-            raise without_super(trainer, base, mute[0], option) from error
-        raise
-    if not ran():
-        if not overridden and all(name not in vars(trainer) for name in methods):
-            raise UpstreamChanged(f"a training step does not call {methods[0]}")
-        raise without_super(trainer, base, (mute or overridden or methods)[0], option)
-
-
-def _names_itself(trainer: Any, base: type, method: str) -> bool:
-    """Whether the overriding method mentions its own name, as in `super().method(...)` or `Base.method(self, ...)`."""
-    function = inspect.unwrap(vars(overriding_class(trainer, base, method))[method])
-    return method in getattr(getattr(function, "__code__", None), "co_names", ())
-
-
 def without_super(trainer: Any, base: type, method: str, option: str) -> ValueError:
     """The error to raise once it is seen that `base.method` did not run although `option` needs it."""
     cls = overriding_class(trainer, base, method) or type(trainer)
@@ -195,11 +153,11 @@ class Needed:
     Args:
         base (`type`):
             Our trainer class.
-        ways (`dict[str, tuple[str, ...]]`):
+        ways (`Mapping[str, tuple[str, ...]]`):
             For each method the names on the way to it, itself included: a subclass may cut it off at any of them.
     """
 
-    def __init__(self, base: type, ways: dict[str, tuple[str, ...]]):
+    def __init__(self, base: type, ways: Mapping[str, tuple[str, ...]]):
         self._base, self._ways = base, ways
         self._options: dict[str, str] = {}
 
@@ -224,6 +182,8 @@ class Needed:
             replaced = cls is not None or name in vars(trainer)
             if replaced and (error is None or (cls is not None and _came_through(error, vars(cls)[name]))):
                 raise without_super(trainer, self._base, name, self._options[method]) from error
+        if error is None:
+            raise UpstreamChanged(f"a training step does not call {method}")
 
     @contextmanager
     def after(self, trainer: Any) -> Iterator[None]:

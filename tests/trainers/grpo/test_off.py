@@ -148,7 +148,7 @@ def fails(completions, **kwargs):
 def test_trls_own_errors_appear(make, reward):
     errors = {}
     for which in PAIRS:
-        with pytest.raises(Exception) as caught:  # noqa: B017, PT011 (which one is TRL's choice)
+        with pytest.raises(Exception) as caught:
             make(which, reward_funcs=reward).train()
         errors[which] = type(caught.value), str(caught.value)
     assert errors["ours"] == errors["theirs"]

@@ -1,5 +1,6 @@
 """DPO with selectable preference losses: entries of TRL's own `loss_type`, and options that are off by default."""
 
+import contextlib
 import dataclasses
 import inspect
 import types
@@ -13,7 +14,7 @@ from trl.trainer.dpo_trainer import DPOTrainer as _DPOTrainer
 
 from ...functional.preference import LossState, PairBatch
 from ...upstream import UpstreamChanged, check_overridden
-from ..foreign import option, overridden_without_super
+from ..foreign import Needed, option
 from ..input_checks import column_names, datasets_of, require_columns, require_eos, require_texts
 from ..interruptions import Interruptible, add_callbacks
 from ..model_card import add_model_tag, model_card_with_options
@@ -40,7 +41,7 @@ class DPOTrainer(Interruptible, _DPOTrainer):
     _losses = PairLosses()  # false: everything is TRL's
     _states: Mapping[str, LossState] = types.MappingProxyType({})
     _columns: Mapping[str, str] = types.MappingProxyType({})
-    _loss_was_ours = False  # whether our `_compute_loss` has run
+    _needed: Needed  # methods without which an option has no effect
     _signature_columns: list[str]
     data_collator: Any
 
@@ -50,6 +51,7 @@ class DPOTrainer(Interruptible, _DPOTrainer):
         config = given.get("args")
         during: dict[str, Any] = {}
         self._losses = parse_losses(config) if isinstance(config, DPOConfig) else PairLosses()
+        self._needed = Needed(DPOTrainer, {"_compute_loss": ("_compute_loss", "compute_loss")})
         if isinstance(config, DPOConfig) and self._losses:
             self._columns, self._states = columns_of(config), self._losses.states(config.seed)
             for name in ("train_dataset", "eval_dataset"):
@@ -60,6 +62,7 @@ class DPOTrainer(Interruptible, _DPOTrainer):
         with overridden(config, **during):
             super().__init__(*args, **kwargs)
         if self._losses:
+            self._needed.add("_compute_loss", f"loss_type={self.args.loss_type}")
             add_model_tag(self)
         if self._losses.reference_free:
             self.precompute_ref_logps = False
@@ -120,16 +123,13 @@ class DPOTrainer(Interruptible, _DPOTrainer):
     # Loss
 
     def training_step(self, *args, **kwargs):
-        if not self._losses or self._loss_was_ours:
-            return super().training_step(*args, **kwargs)
-        option, methods = f"loss_type={self.args.loss_type}", ("_compute_loss", "compute_loss")
-        with overridden_without_super(self, DPOTrainer, methods, option, ran=lambda: self._loss_was_ours):
+        with self._needed.after(self) if self._losses else contextlib.nullcontext():
             return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model, inputs, return_outputs):
         if not self._losses:
             return super()._compute_loss(model, inputs, return_outputs)
-        self._loss_was_ours = True
+        self._needed.has_run("_compute_loss")
         inputs, columns = without_our_columns(inputs, self._columns)
         inputs = self._with_references(inputs)
         policy = FirstOutput(model)
