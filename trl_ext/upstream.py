@@ -64,6 +64,10 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+# Names inside the forward that `add_fused_lm_head` makes.
+FUSED_HEAD = ("outputs", "temperature", "logit_scale", "final_logit_softcapping", "cast_lm_head_to_fp32")
+
+
 class UpstreamChanged(RuntimeError):
     """A part of TRL that trl_ext depends on is not as expected; `what` says in a clause what is different."""
 
@@ -130,6 +134,24 @@ def _parameters(path: str) -> None:
     if owner is None:
         raise UpstreamChanged(f"{parent} is gone")
     check_parameters(owner if inspect.ismodule(owner) else trl_class(owner))
+
+
+def fused_forward(forward: Any) -> Any:
+    """TRL's fused forward inside what accelerate, for mixed precision, or we may have put around it."""
+    while "fused_lm_head" not in inspect.signature(forward, follow_wrapped=False).parameters:
+        inner = getattr(forward, "fused_forward", None) or getattr(forward, "__wrapped__", None)
+        if inner is None:
+            raise UpstreamChanged("a model's forward has no 'fused_lm_head'")
+        forward = inner
+    return forward
+
+
+def fused_head(forward: Any) -> dict[str, Any]:
+    """What TRL's fused LM head has read from the model's config and was given: [`FUSED_HEAD`], by name."""
+    values = inspect.getclosurevars(fused_forward(forward)).nonlocals
+    if missing := [name for name in FUSED_HEAD if name not in values]:
+        raise UpstreamChanged(f"add_fused_lm_head has no {missing[0]!r}")
+    return {name: values[name] for name in FUSED_HEAD}
 
 
 def trl_class(found: type) -> Any:

@@ -252,6 +252,13 @@ def test_exact_trains_through_shuffled_micro_batches(train, lora):
     assert kls[0] == pytest.approx(0.0, abs=1e-6) and kls[-1] > 1e-5
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_exact_under_autocast(train, lora):
+    """TRL's default precision: accelerate wraps the forward in which the head's scale is found."""
+    trainer = train(*OURS, kl_estimator="exact", beta=BETA, lora=lora, bf16=True, max_steps=2)
+    assert [math.isfinite(kl) for kl, in logged(trainer, "kl")] == [True] * 2
+
+
 def test_exact_with_a_batch_of_masked_tokens_only(train):
     with pytest.warns(UserWarning, match="No completion of the batch"):
         trainer = train(

@@ -1,6 +1,5 @@
 """The KL over the whole vocabulary, from the last hidden states of policy and reference."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import torch
 from accelerate.utils import is_peft_model
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from ...upstream import UpstreamChanged
+from ...upstream import fused_head
 
 
 class Head(NamedTuple):
@@ -29,14 +28,10 @@ def _base_model(model: Any) -> Any:
 def lm_head(model: torch.nn.Module) -> Head:
     """The LM head of an unwrapped model, with the scale and softcap that TRL's fused head has read from its config."""
     base: Any = _base_model(model)
-    values = inspect.getclosurevars(base.forward).nonlocals
-    try:
-        scale, softcap = values["logit_scale"], values["final_logit_softcapping"]
-        in_float32 = values["cast_lm_head_to_fp32"]
-    except KeyError as error:
-        raise UpstreamChanged(f"add_fused_lm_head has no {error}") from error
+    values = fused_head(base.forward)
     head = base.get_output_embeddings()
-    return Head(head.weight, head.bias, scale, softcap, in_float32)
+    names = ("logit_scale", "final_logit_softcapping", "cast_lm_head_to_fp32")
+    return Head(head.weight, head.bias, *(values[name] for name in names))
 
 
 @contextmanager
