@@ -32,6 +32,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_GRPO}._get_train_sampler": ("self", "dataset"),
     f"{_GRPO}._generate_and_score_completions": ("self", "inputs"),
     f"{_GRPO}._generate": ("self", "prompts"),
+    f"{_GRPO}._generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "num_generations"),
     f"{_GRPO}._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     f"{_GRPO}._get_per_token_logps_and_entropies": (
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
@@ -56,6 +57,11 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
         "beta", "temperature", "student_logit_scale", "student_final_logit_softcapping", "teacher_logit_scale",
         "teacher_final_logit_softcapping",
     ),
+    "trl.kernels.chunked_logprob.ChunkedLogProbFunction.forward": (
+        "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
+        "logit_scale", "outputs",
+    ),
+    "trl.trainer.utils.add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
     "trl.scripts.utils.TrlParser.set_defaults_with_config": ("self", "kwargs"),
     "trl.scripts.utils.TrlParser.parse_args_into_dataclasses": ("self", "args", "return_remaining_strings"),
     "trl.scripts.env.print_env": (),

@@ -18,6 +18,7 @@ from ..foreign import Needed, option
 from ..input_checks import column_names, datasets_of, require_columns, require_eos, require_texts
 from ..interruptions import Interruptible, add_callbacks
 from ..model_card import add_model_tag, model_card_with_options
+from ..shared_prefix import SharesPrefixes
 from .columns import CollatorWithColumns, check_columns, columns_of, without_our_columns
 from .config import DPOConfig as DPOConfig
 from .losses import PairLosses, parse_losses
@@ -25,7 +26,7 @@ from .pairs import mean_over_processes, pair_batch, pair_metrics
 from .taps import FirstOutput, overridden
 
 
-class DPOTrainer(Interruptible, _DPOTrainer):
+class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
     """
     TRL's [`~trl.DPOTrainer`] with the options of [`DPOConfig`]. Takes the same arguments.
 
@@ -63,6 +64,7 @@ class DPOTrainer(Interruptible, _DPOTrainer):
             super().__init__(*args, **kwargs)
         if self._losses:
             self._needed.add("_compute_loss", f"loss_type={self.args.loss_type}")
+        if self._is_ours:
             add_model_tag(self)
         if self._losses.reference_free:
             self.precompute_ref_logps = False
@@ -72,7 +74,7 @@ class DPOTrainer(Interruptible, _DPOTrainer):
 
     @property
     def _is_ours(self) -> bool:  # type: ignore[override]
-        return bool(self._losses)
+        return bool(self._losses) or bool(self._shared)
 
     def _without_reference(self, given: dict[str, Any]) -> dict[str, Any]:
         """What TRL's constructor is to read so that it loads no reference, where none is read."""

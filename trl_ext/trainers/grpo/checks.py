@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from ...functional.rewards import RewardBatch
 from ...lookup import import_path, lookup
 from ...rewards import ProcessRewardModel
 from ..input_checks import column_names, datasets_of, quoted, require_columns, require_texts, warn_user
+from ..shared_prefix import sharding
 from .reward_calls import STEP_COLUMNS
 
 DEFAULT_ESTIMATOR = {"loss": "k3", "reward": "k1"}  # of the KL, by placement
@@ -193,9 +193,7 @@ def _check_kl_in_loss(options: Any, name: str) -> None:
             "kl_estimator='k1' in the loss with use_bias_correction_kl=False has an expected gradient of zero: noise, "
             "no penalty. Use 'k2' or 'k3', keep use_bias_correction_kl=True, or set kl_placement='reward'."
         )
-    plugin = options.deepspeed_plugin
-    sharded = options.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    if name == "exact" and (sharded or (plugin is not None and plugin.zero_stage == 3)):
+    if name == "exact" and sharding(options) is not None:
         raise ValueError(
             "kl_estimator='exact' reads the weight of the LM head outside the model's forward, where FSDP and "
             "DeepSpeed ZeRO-3 keep only a part of it on each process. Use 'k2' or 'k3', or DDP or ZeRO-2."

@@ -9,7 +9,8 @@ from ...functional.kl import KL_ESTIMATORS
 from ..foreign import OnlyInOurTrainer, Options, warn_of_foreign_fields
 from ..input_checks import quoted
 from ..interruptions import callback_classes
-from .checks import check_advantages, check_kl, check_num_generations, check_steps
+from .checks import check_advantages, check_kl, check_num_generations, check_steps, kl_choice
+from .packed_steps import check_packed_steps
 
 
 class _AcceptedAsOne(int):
@@ -64,6 +65,12 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
         callback_paths (`list[str]` or `str`, *optional*):
             Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments.
             One with an attribute `trainer` is given the trainer.
+        shared_prefix (`bool`, *optional*):
+            Whether the prompt of each group is computed once and padding not at all, with the same losses and
+            gradients. See docs/performance.md for what it gains and when it falls back to TRL's forward.
+        skip_zero_advantages (`bool`, *optional*):
+            With `shared_prefix`, whether rows whose advantage is 0 are left out of the loss's forward pass; the update
+            is the same.
     """
 
     _VALID_DICT_FIELDS = [*_GRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model"]
@@ -138,6 +145,14 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
         default=None,
         metadata={"help": "Dotted paths of TrainerCallback classes to add to the trainer."},
     )
+    shared_prefix: bool | None = field(
+        default=None,
+        metadata={"help": "Compute the prompt of each group once and no padding. Default: TRL's own forward."},
+    )
+    skip_zero_advantages: bool | None = field(
+        default=None,
+        metadata={"help": "With shared_prefix, leave out rows whose advantage is 0; the update is the same."},
+    )
 
     def __post_init__(self):
         warn_of_foreign_fields(self)
@@ -151,6 +166,7 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
         check_advantages(options)
         check_kl(options)
         check_steps(options)
+        check_packed_steps(options, kl_in_loss=self.beta != 0.0 and kl_choice(options)[0] != "reward")
         callback_classes(options.callback_paths)
 
     @property

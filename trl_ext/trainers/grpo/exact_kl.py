@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import is_peft_model
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
+from ...packed.forward import shared_prefix_of
 from ...upstream import fused_head
 
 
@@ -37,8 +38,13 @@ def lm_head(model: torch.nn.Module) -> Head:
 @contextmanager
 def last_hidden_states(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collects the last hidden states `(B, positions, H)` of every forward of an unwrapped model inside the block."""
-    collected: list[torch.Tensor] = []
-    handle = _base_model(model).base_model.register_forward_hook(
+    base = _base_model(model)
+    if (shared := shared_prefix_of(base)) is not None:  # its backbone sees packed rows
+        with shared.collecting() as collected:
+            yield collected
+        return
+    collected = []
+    handle = base.base_model.register_forward_hook(
         lambda module, inputs, output: collected.append(output.last_hidden_state)
     )
     try:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +156,8 @@ class KLPenalty:
                     _LOG_PROBS, "returns log-probs of its own, which kl_estimator='exact' does not read"
                 )
             width = result[0].size(1)
-            hidden = torch.cat(collected)[:, -width - 1 : -1]  # the state before a token predicts it
+            # The state before a token predicts it. There are none where the KL came with the log-probs.
+            hidden = torch.cat(collected)[:, -width - 1 : -1] if collected else None
             passes.append(ForwardPass(result[0], hidden))
             return result
 
@@ -216,8 +217,8 @@ class KLPenalty:
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         if self.exact and "ref_hidden_states" not in inputs:
             raise self._refused("_generate_and_score_completions", "leaves 'ref_hidden_states' out of its result")
-        with self.recording() as passes:
-            proxy = BetaProxy(beta, lambda: self._term(*passes[-1], inputs, mask))
+        with self.recording() as passes, self._from_log_probs(inputs) as found:
+            proxy = BetaProxy(beta, lambda: self._term(*passes[-1], inputs, mask, found))
             trainer.beta = 0.0 if self.in_reward else proxy  # a KL in the reward has acted already
             try:
                 yield sums
@@ -231,9 +232,21 @@ class KLPenalty:
         old = logps if old is None else old
         sums.append(kl_sums(proxy.penalties[0], logps, inputs["ref_per_token_logps"], old, mask))
 
-    def _term(self, logps: torch.Tensor, hidden: Any, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
+    def _from_log_probs(self, inputs: dict) -> Any:
+        """Around the loss: gives the exact KL, where `shared_prefix` has it from the logits of the log-probs."""
+        trainer = self.trainer
+        shared = trainer._shared.get("policy") if self.exact and trainer.ref_model is None else None
+        return nullcontext([]) if shared is None else shared.exact_kl(inputs["ref_hidden_states"])
+
+    def _term(
+        self, logps: torch.Tensor, hidden: Any, inputs: dict, mask: torch.Tensor, found: list[torch.Tensor]
+    ) -> torch.Tensor:
         """The KL of each token as a term of the loss, `(B, T)`, with graph."""
         trainer = self.trainer
+        if found:
+            if len(found) > 1:
+                raise self._refused(_LOG_PROBS, "runs the policy more than once")
+            return torch.where(mask.bool(), found[0], 0.0)
         if self.exact:
             head, ref_head = self._head(None), self._head(trainer.ref_model)
             with trainer.accelerator.autocast():

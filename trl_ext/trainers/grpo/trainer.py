@@ -15,6 +15,7 @@ from .checks import check_data, kl_choice, makes_own_prompts
 from .config import GRPOConfig as GRPOConfig
 from .kl import BetaController, KLPenalty
 from .metrics import kl_metrics, mean_advantages
+from .packed_steps import PackedSteps
 from .reward_calls import with_process_reward_model
 from .scoring import Rollout, Scoring
 
@@ -22,7 +23,7 @@ _SCORE, _LOSS = "_generate_and_score_completions", "_compute_loss"
 _WAYS = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
 
 
-class GRPOTrainer(Interruptible, _GRPOTrainer):
+class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
     """
     TRL's [`~trl.GRPOTrainer`] with the options of [`GRPOConfig`]. Takes the same arguments.
 
@@ -89,7 +90,7 @@ class GRPOTrainer(Interruptible, _GRPOTrainer):
     @property
     def _is_ours(self) -> bool:  # type: ignore[override]
         """Whether training is not TRL's, bit for bit."""
-        return self._scoring is not None or self._penalty is not None
+        return self._scoring is not None or self._penalty is not None or bool(self._shared)
 
     @property
     def _penalty_now(self) -> KLPenalty | None:

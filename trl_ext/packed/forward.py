@@ -1,0 +1,303 @@
+"""The forward that TRL's trainers call for log-probs, on packed rows instead of padded ones."""
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ..upstream import fused_head
+from .attention import NAME, register_attention
+from .head import scores
+from .packing import Packed, pack
+from .verdict import different, evaluating, smallest_window, unfit
+
+LEAST_SAVED = 0.05  # of the padded tokens; less is not worth other kernels
+VOCABULARY_CHUNK = 32_768  # TRL's, for its head on our states
+_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order of TRL's head
+_KNOWN = {"input_ids", "attention_mask", "labels", "fused_lm_head", "use_cache"}
+
+
+class SharedPrefix:
+    """
+    What [`install`] puts before TRL's fused forward of one model, and what it has found out about the model.
+
+    `counts`: forward passes of each kind; tokens of the packed ones, and those that TRL would have computed for them.
+    `reason`: why the model takes TRL's forward for good; `None` while it does not.
+    """
+
+    def __init__(self, model: Any, entropy_gradient: bool, autocast: Callable[[], AbstractContextManager]):
+        self.fused_forward, self.autocast = model.forward, autocast
+        head = fused_head(model.forward)
+        self.outputs, self.temperature = head["outputs"], head["temperature"]
+        self.scale, self.softcap = head["logit_scale"], head["final_logit_softcapping"]
+        self.in_float32, self.entropy_gradient = head["cast_lm_head_to_fp32"], entropy_gradient
+        self.reason: str | None = None
+        self.counts = {"packed": 0, "padded": 0, "packed_tokens": 0, "padded_tokens": 0}
+        self._judged = False
+        self._window: int | None = None
+        self._said: set[str] = set()
+        self._collected: list[torch.Tensor] | None = None
+        self._ref_hidden: torch.Tensor | None = None
+        self._kl: list[torch.Tensor] = []
+        self._without: torch.Tensor | None = None
+        if model.config.get_text_config() is not model.config:
+            self.reason = "it is a model of more than text"
+
+    # What a trainer asks for besides log-probs, each for the duration of a block
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[torch.Tensor]]:
+        """The last hidden states `(B, positions, H)` of every forward; a packed one gives those of scored tokens."""
+        collected: list[torch.Tensor] = []
+        self._collected = collected
+        try:
+            yield collected
+        finally:
+            self._collected = None
+
+    @contextmanager
+    def exact_kl(self, ref_hidden: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """
+        KL(policy‖reference) `(B, C)` of every packed forward, in nats, from the logits of its log-probs. `ref_hidden`,
+        `(B, C, H)`: what the reference predicts the C last tokens from, with the same LM head. Nothing is collected
+        then. The list stays empty where the head is trained, or the forward is TRL's.
+        """
+        self._ref_hidden, self._kl = ref_hidden, []
+        try:
+            yield self._kl
+        finally:
+            self._ref_hidden = None
+
+    @contextmanager
+    def leaving_out(self, rows: torch.Tensor) -> Iterator[None]:
+        """Rows, `(B,)` bool, that the loss does not depend on: their log-probs are 0, and cost nothing."""
+        self._without = rows
+        try:
+            yield
+        finally:
+            self._without = None
+
+    # The forward
+
+    def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not kwargs.get("fused_lm_head"):
+            return self.fused_forward(*args, **kwargs)
+        with self.autocast():
+            packed = self._pack(model, args, kwargs)
+            output = packed if isinstance(packed, str) else self._scored(model, packed, kwargs)
+        if isinstance(packed, str) or isinstance(output, str):
+            return self._padded(model, output, args, kwargs)
+        self.counts["packed"] += 1
+        self.counts["packed_tokens"] += packed.layout.total
+        self.counts["padded_tokens"] += kwargs["input_ids"].numel()
+        return output
+
+    def _padded(self, model: Any, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """TRL's forward; each reason is said once."""
+        self.counts["padded"] += 1
+        if reason not in self._said:
+            self._said.add(reason)
+            whose = "all its batches" if reason == self.reason else "some batches"
+            warnings.warn(
+                f"shared_prefix: {type(model).__name__} takes TRL's forward for {whose}: {reason}.", stacklevel=4
+            )
+        if self._collected is None:
+            return self.fused_forward(*args, **kwargs)
+        collect = self._collected.append
+        handle = model.base_model.register_forward_hook(lambda _, i, output: collect(output.last_hidden_state))
+        try:
+            return self.fused_forward(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    def _pack(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Packed | str:
+        """The batch as a packed row, or why it cannot be one."""
+        if self.reason is not None:
+            return self.reason
+        given = sorted(name for name, value in kwargs.items() if value is not None and name not in _KNOWN)
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("output_router_logits") or getattr(model.config, "output_router_logits", False):
+            return "the loss of its routers reads every padded row"
+        if args or given or mask is None or mask.dim() != 2 or kwargs.get("labels") is None:
+            return f"it is called with {', '.join(given) or 'other arguments than ids, mask and labels'}"
+        labels, size = kwargs["labels"], kwargs["input_ids"].numel()
+        if self._without is not None and len(self._without) == len(labels):
+            labels = labels.masked_fill(self._without[:, None].to(labels.device), -100)
+        packed = pack(kwargs["input_ids"], mask, labels)
+        if isinstance(packed, str):
+            return f"a batch cannot be packed, because {packed}"
+        if packed.layout.total > (1 - LEAST_SAVED) * size:
+            return f"packing saves less than {LEAST_SAVED:.0%} of a batch's tokens"
+        return self._beyond_window(packed) or packed
+
+    def _beyond_window(self, packed: Packed) -> str | None:
+        if self._window is None or packed.layout.longest <= self._window:
+            return None
+        return f"a row is longer than its sliding window of {self._window} tokens"
+
+    def _scored(self, model: Any, packed: Packed, kwargs: dict[str, Any]) -> Any:
+        """TRL's output for the batch, or why it cannot be given."""
+        if self._judged:
+            return self._output(model, packed, self._hidden(model, packed), kwargs["labels"])
+        packed.layout.calls = []
+        hidden = self._hidden(model, packed)
+        self.reason, self._window = unfit(model, packed.layout), smallest_window(packed.layout)
+        packed.layout.calls = None
+        if (reason := self.reason or self._beyond_window(packed)) is not None:
+            return reason
+        self.reason = self._compared(model, packed, kwargs)
+        self._judged = True
+        return self.reason or self._output(model, packed, hidden, kwargs["labels"])
+
+    def _compared(self, model: Any, packed: Packed, kwargs: dict[str, Any]) -> str | None:
+        """Compares two rows with TRL's forward: for architectures that the rules do not know."""
+        rows = packed.rows.unique()[:2]
+        two = {name: kwargs[name][rows] for name in ("input_ids", "attention_mask", "labels")}
+        again = pack(**two)
+        assert isinstance(again, Packed)
+        with evaluating(model):
+            states = self._hidden(model, again)
+            head = model.get_output_embeddings()
+            ours = self._of_trls_head(states.to(head.weight.device), head, again.targets)["log_probs"]
+            theirs = self.fused_forward(**two, fused_lm_head=True).log_probs
+        return different(model, ours, theirs[again.rows, again.columns], len(ours))
+
+    def _hidden(self, model: Any, packed: Packed) -> torch.Tensor:
+        """The states that predict the scored tokens, `(scored, H)`."""
+        output = model.base_model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            # transformers takes a mask of four dimensions as it is, and the attention function reads none
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.input_ids.device),
+            shared_prefix=packed.layout,
+            use_cache=False,
+        )
+        return output.last_hidden_state[0].index_select(0, packed.source)
+
+    def _output(self, model: Any, packed: Packed, states: torch.Tensor, labels: torch.Tensor) -> FusedCausalLMOutput:
+        """Scores the states, and puts the results where TRL's loss expects them, `(B, T - 1)`."""
+        head = model.get_output_embeddings()
+        device, (rows, width) = head.weight.device, labels.shape
+        states, where = states.to(device), (packed.rows.to(device), packed.columns.to(device))
+
+        def spread(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.new_zeros(rows, width - 1).index_put(where, x)
+
+        in_tile = self._ref_hidden is not None and self._frozen(head) and len(self._ref_hidden) == rows
+        if self._collected is not None and not in_tile:
+            self._collected.append(states.new_zeros(rows, width, states.size(1)).index_put(where, states))
+        if self._frozen(head):
+            ref = self._ref_at(where, width) if in_tile else None
+            found = self._of_frozen_head(states, head, packed.targets, ref)
+        else:
+            found = self._of_trls_head(states, head, packed.targets)
+        if in_tile:
+            self._kl.append(spread(found["kl"])[:, -self._ref_hidden.size(1) :])  # type: ignore[index, union-attr]
+        fields: dict[str, Any] = {name: spread(found.get(name)) for name in _FIELDS}
+        if self._without is not None and fields["entropy"] is not None:  # a metric: the mean of the others
+            mean = found["entropy"].detach().mean()
+            fields["entropy"] = torch.where(self._without[:, None].to(device), mean, fields["entropy"])
+        loss = -fields["log_probs"].sum() / len(packed.targets)
+        return FusedCausalLMOutput(loss=loss, label_mask=labels[:, 1:].to(device) != -100, **fields)
+
+    # The LM head
+
+    def _frozen(self, head: Any) -> bool:
+        """Whether the states' derivatives can be taken while the logits are there."""
+        plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+        return plain and self.softcap is None and not self.entropy_gradient
+
+    def _ref_at(self, where: tuple[torch.Tensor, torch.Tensor], width: int) -> torch.Tensor:
+        """The reference's states of the scored tokens, `(scored, H)`; it has those of the last columns only."""
+        assert self._ref_hidden is not None
+        return self._ref_hidden[where[0], where[1] - (width - 1 - self._ref_hidden.size(1))]
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        return torch.autocast(device.type, enabled=False) if self.in_float32 else nullcontext()
+
+    def _of_frozen_head(self, states: torch.Tensor, head: Any, targets: torch.Tensor, ref: Any) -> dict[str, Any]:
+        states = states.float() if self.in_float32 else states
+        with self._precision(states.device):
+            scale = self.scale / self.temperature
+            return scores(states, head.weight, targets.to(states.device), scale, self.outputs, ref)._asdict()
+
+    def _of_trls_head(self, states: torch.Tensor, head: Any, targets: torch.Tensor) -> dict[str, Any]:
+        states, targets = states.float() if self.in_float32 else states, targets.to(states.device)
+        with self._precision(states.device):
+            found = ChunkedLogProbFunction.apply(
+                states, head.weight, head.bias, targets, self.temperature, VOCABULARY_CHUNK, self.softcap, self.scale,
+                self.outputs,
+            )  # fmt: skip
+        return dict(zip(_FIELDS, found, strict=True))
+
+
+def install(
+    model: Any, entropy_gradient: bool = False, autocast: Callable[[], AbstractContextManager] = nullcontext
+) -> SharedPrefix:
+    """
+    Replaces the fused forward of a model; its forward without `fused_lm_head` stays what it was.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model with TRL's fused LM head, unwrapped and below PEFT.
+        entropy_gradient (`bool`, *optional*, defaults to `False`):
+            Whether the loss differentiates the entropy.
+        autocast (`Callable`, *optional*):
+            Makes the context of mixed precision, where accelerate has put it around the forward that is replaced.
+
+    Raises:
+        `ValueError`: If the model's attention is not `"sdpa"`, or it is installed already.
+    """
+    implementation = model.config.get_text_config()._attn_implementation
+    if shared_prefix_of(model) is not None:
+        raise ValueError(f"shared_prefix is installed in this {type(model).__name__} already.")
+    if implementation != "sdpa":
+        raise ValueError(
+            f"shared_prefix computes attention itself, in place of attn_implementation='sdpa', but this "
+            f"{type(model).__name__} has {implementation!r}. Load it with 'sdpa', if it has that, or remove "
+            "shared_prefix."
+        )
+    shared = SharedPrefix(model, entropy_gradient, autocast)
+    if shared.reason is None:
+        register_attention()
+        model.config._attn_implementation = NAME
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self, *args, **kwargs):
+        return shared(self, args, kwargs)
+
+    forward.shared_prefix, forward.fused_forward = shared, shared.fused_forward  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
+    return shared
+
+
+def shared_prefix_of(model: Any) -> SharedPrefix | None:
+    """What is installed in an unwrapped model below PEFT, also inside what accelerate has put around it."""
+    forward = model.forward
+    while forward is not None:
+        if (shared := getattr(forward, "shared_prefix", None)) is not None:
+            return shared
+        forward = getattr(forward, "__wrapped__", None)
+    return None
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """
+    The model's own attention for a while without gradient, such as generation, which asks for it by name: continuous
+    batching refuses unknown ones, and what is cached or compiled depends on it.
+    """
+    config, ours = model.config, model.config._attn_implementation == NAME
+    if ours:
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        if ours:
+            config._attn_implementation = NAME

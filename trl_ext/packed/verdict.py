@@ -1,0 +1,67 @@
+"""
+Which models a packed row is exact for: found out from the first packed forward, never by catching an error.
+
+A model qualifies if every layer attends through our function, with nothing that it does not honour, and carries
+nothing from token to token otherwise; then two rows are compared with TRL's forward, for architectures that no rule
+knows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .attention import UNSUPPORTED
+from .packing import Layout
+
+LARGEST_DIFFERENCE = {"full": 1e-4, "half": 0.1}  # nats per token on average, by precision
+
+
+def unfit(model: Any, layout: Layout) -> str | None:
+    """
+    Why a model's attention cannot be that of a packed row, as the end of a sentence; `None`: it can.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model that has just run on a packed row.
+        layout ([`~trl_ext.packed.packing.Layout`]):
+            Layout of that row, with the arguments of the attention function.
+    """
+    calls, layers = layout.calls or [], model.config.get_text_config().num_hidden_layers
+    if getattr(model, "_is_stateful", False) or any(isinstance(m, torch.nn.Conv1d) for m in model.modules()):
+        return "it has layers that carry a state from token to token"
+    if len(calls) != layers:
+        return f"{len(calls)} of its {layers} layers use the attention interface of transformers"
+    unsupported = {name for call in calls for name in UNSUPPORTED if call.get(name) is not None}
+    unsupported |= {"attention dropout"} if any(call["dropout"] > 0 for call in calls) else set()
+    unsupported |= {"attention that is not causal"} if not all(call["is_causal"] for call in calls) else set()
+    return f"its attention uses {', '.join(sorted(unsupported))}" if unsupported else None
+
+
+def smallest_window(layout: Layout) -> int | None:
+    """The shortest sliding window of a model's layers, in tokens."""
+    return min((call["sliding_window"] for call in layout.calls or [] if call.get("sliding_window")), default=None)
+
+
+def different(model: Any, ours: torch.Tensor, theirs: torch.Tensor, scored: int) -> str | None:
+    """Why the log-probs of the same rows, of ours and of TRL's forward, are too far from each other; `None`: equal."""
+    half = torch.is_autocast_enabled(ours.device.type) or model.dtype in (torch.float16, torch.bfloat16)
+    mean = ((ours - theirs.to(ours.device)).abs().sum() / max(1, scored)).item()
+    if mean <= LARGEST_DIFFERENCE["half" if half else "full"]:  # not so for NaN
+        return None
+    return f"its log-probs differ from those of the padded rows by {mean:.1e} nats per token"
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Without dropout and without gradient; afterwards every module is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
