@@ -256,7 +256,7 @@ def test_exact_trains_through_shuffled_micro_batches(train, lora):
 def test_exact_under_autocast(train, lora):
     """TRL's default precision: accelerate wraps the forward in which the head's scale is found."""
     trainer = train(*OURS, kl_estimator="exact", beta=BETA, lora=lora, bf16=True, max_steps=2)
-    assert [math.isfinite(kl) for kl, in logged(trainer, "kl")] == [True] * 2
+    assert [math.isfinite(kl) for (kl,) in logged(trainer, "kl")] == [True] * 2
 
 
 def test_exact_with_a_batch_of_masked_tokens_only(train):
