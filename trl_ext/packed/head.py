@@ -15,8 +15,10 @@ vocabulary for log-probs, four with the KL, where TRL's head takes three for log
 from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 
 TILE = 1 << 24  # logits alive at a time
+MM_INTO_FLOAT32 = Version(torch.__version__) >= Version("2.8")  # of bfloat16 factors, on CUDA
 
 
 class Scores(NamedTuple):
@@ -42,8 +44,9 @@ class FrozenHead(torch.autograd.Function):
             found = {name: hidden.new_empty(n, dtype=torch.float32) for name in names}
             if "is_top1" in found:
                 found["is_top1"] = found["is_top1"].bool()
-            jacobian = torch.empty_like(hidden, dtype=dtype) if needs_grad else None
-            kl_jacobian = torch.empty_like(hidden, dtype=dtype) if needs_grad and ref_hidden is not None else None
+            # Float32: rounded to bfloat16 here, gradients would be a third further from the truth than TRL's.
+            jacobian = torch.empty_like(hidden, dtype=torch.float32) if needs_grad else None
+            kl_jacobian = None if jacobian is None or ref_hidden is None else torch.empty_like(jacobian)
             weight, step = weight.to(dtype), max(1, TILE // vocabulary)
             for start in range(0, n, step):
                 rows = slice(start, min(n, start + step))
@@ -62,7 +65,7 @@ class FrozenHead(torch.autograd.Function):
         grad = None
         for jacobian, incoming in zip(ctx.saved_tensors, (grad_log_probs, grad_kl), strict=True):
             if jacobian is not None and incoming is not None:
-                part = jacobian * incoming[:, None]  # float32: a row's gradient may be far from 1
+                part = jacobian * incoming[:, None]
                 grad = part if grad is None else grad.add_(part)
         return None if grad is None else grad.to(ctx.hidden_dtype), *[None] * 6
 
@@ -85,6 +88,15 @@ class _Tile(NamedTuple):
         z = torch.mm(hidden.to(self.weight.dtype), self.weight.t()).float()
         return z if self.scale == 1 else z.mul_(self.scale)
 
+    def write(self, coefficients: torch.Tensor, scale: float, jacobian: torch.Tensor) -> None:
+        """Σ_v scale · coefficients(v) W_v in float32, from factors in the dtype of the products."""
+        factors, weight = coefficients.to(self.weight.dtype), self.weight
+        if weight.is_cuda and weight.dtype != torch.float32 and MM_INTO_FLOAT32:
+            jacobian.copy_(torch.mm(factors, weight, out_dtype=torch.float32))
+        else:
+            torch.mm(factors.float(), weight.float(), out=jacobian)
+        jacobian.mul_(scale)
+
     def fill(self, found: dict[str, torch.Tensor], jacobian: Any, kl_jacobian: Any) -> None:
         """Writes the results into `found`, and the derivatives where there is room for them."""
         target, z = self.targets[:, None], self.logits(self.hidden)
@@ -105,8 +117,7 @@ class _Tile(NamedTuple):
             self._fill_kl(found["kl"], kl_jacobian, p, log_p)
         if jacobian is not None:
             p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))  # π − 1 at the token
-            torch.mm(p.to(self.weight.dtype), self.weight, out=jacobian)
-            jacobian.mul_(-self.scale)
+            self.write(p, -self.scale, jacobian)
 
     def _fill_kl(self, kl: torch.Tensor, kl_jacobian: Any, p: torch.Tensor, log_p: torch.Tensor) -> None:
         """Overwrites `log_p`."""
@@ -114,8 +125,7 @@ class _Tile(NamedTuple):
         log_ratio = log_p.sub_(log_q.sub_(log_q.logsumexp(1, keepdim=True)))
         kl.copy_(torch.linalg.vecdot(p, log_ratio))
         if kl_jacobian is not None:
-            torch.mm(log_ratio.sub_(kl[:, None]).mul_(p).to(self.weight.dtype), self.weight, out=kl_jacobian)
-            kl_jacobian.mul_(self.scale)
+            self.write(log_ratio.sub_(kl[:, None]).mul_(p), self.scale, kl_jacobian)
 
 
 def scores(

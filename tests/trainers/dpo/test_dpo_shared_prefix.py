@@ -77,6 +77,7 @@ def needed(name) -> dict:
     row = PREFERENCE_LOSSES[name]
     options = {"loss_type": ["psipo" if row.psi else name], "kind": "reference" if row.reference else "full"}
     options |= {"psi": "identity"} if row.psi else {}
+    options |= {"preference_prob_column": "p"} if name == "psipo_logit" else {}
     return options | (REWARDS if row.scores else {})
 
 
