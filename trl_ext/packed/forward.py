@@ -39,7 +39,7 @@ class SharedPrefix:
         self.in_float32, self.entropy_gradient = head["cast_lm_head_to_fp32"], entropy_gradient
         self.reason: str | None = None
         self.counts = {"packed": 0, "padded": 0, "packed_tokens": 0, "padded_tokens": 0}
-        self._judged = False
+        self._judged: set[bool] = set()  # in which modes of the model: dropout is seen in training only
         self._window: int | None = None
         self._said: set[str] = set()
         self._collected: list[torch.Tensor] | None = None
@@ -87,10 +87,13 @@ class SharedPrefix:
 
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not kwargs.get("fused_lm_head"):
-            return self.fused_forward(*args, **kwargs)
+            with plain_attention(model):
+                return self.fused_forward(*args, **kwargs)
         with self.autocast():
             packed = self._pack(model, args, kwargs)
             output = packed if isinstance(packed, str) else self._scored(model, packed, kwargs)
+        if self.reason is not None:
+            use_attention(model, "sdpa")  # for good: some models read the name, and would do something else
         if isinstance(packed, str) or isinstance(output, str):
             return self._padded(model, output, args, kwargs)
         self.counts["packed"] += 1
@@ -107,14 +110,17 @@ class SharedPrefix:
             warnings.warn(
                 f"shared_prefix: {type(model).__name__} takes TRL's forward for {whose}: {reason}.", stacklevel=4
             )
-        if self._collected is None:
-            return self.fused_forward(*args, **kwargs)
-        collect = self._collected.append
-        handle = model.base_model.register_forward_hook(lambda _, i, output: collect(output.last_hidden_state))
+        collected = self._collected
+        handle = None
+        if collected is not None:
+            hook = lambda _, inputs, output: collected.append(output.last_hidden_state)  # noqa: E731
+            handle = model.base_model.register_forward_hook(hook)
         try:
-            return self.fused_forward(*args, **kwargs)
+            with plain_attention(model):
+                return self.fused_forward(*args, **kwargs)
         finally:
-            handle.remove()
+            if handle is not None:
+                handle.remove()
 
     def _pack(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Packed | str:
         """The batch as a packed row, or why it cannot be one."""
@@ -143,7 +149,7 @@ class SharedPrefix:
 
     def _scored(self, model: Any, packed: Packed, kwargs: dict[str, Any]) -> Any:
         """TRL's output for the batch, or why it cannot be given."""
-        if self._judged:
+        if model.training in self._judged:
             return self._output(model, packed, self._hidden(model, packed), kwargs["labels"])
         packed.layout.calls = []
         hidden = self._hidden(model, packed)
@@ -151,21 +157,27 @@ class SharedPrefix:
         packed.layout.calls = None
         if (reason := self.reason or self._beyond_window(packed)) is not None:
             return reason
-        self.reason = self._compared(model, packed, kwargs)
-        self._judged = True
+        if not self._judged:
+            self.reason = self._compared(model, packed, kwargs)
+        self._judged.add(model.training)
         return self.reason or self._output(model, packed, hidden, kwargs["labels"])
 
     def _compared(self, model: Any, packed: Packed, kwargs: dict[str, Any]) -> str | None:
-        """Compares two rows with TRL's forward: for architectures that the rules do not know."""
+        """
+        Compares two rows with TRL's forward: for architectures that the rules do not know. Behind one more column of
+        padding, because TRL sends no positions, and in some models they then count the padding before a row.
+        """
         rows = packed.rows.unique()[:2]
-        two = {name: kwargs[name][rows] for name in ("input_ids", "attention_mask", "labels")}
+        padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        two = {name: torch.nn.functional.pad(kwargs[name][rows], (1, 0), value=x) for name, x in padding.items()}
         again = pack(**two)
         assert isinstance(again, Packed)
         with evaluating(model):
             states = self._hidden(model, again)
             head = model.get_output_embeddings()
             ours = self._of_trls_head(states.to(head.weight.device), head, again.targets)["log_probs"]
-            theirs = self.fused_forward(**two, fused_lm_head=True).log_probs
+            with plain_attention(model):
+                theirs = self.fused_forward(**two, fused_lm_head=True).log_probs
         return different(model, ours, theirs[again.rows, again.columns], len(ours))
 
     def _hidden(self, model: Any, packed: Packed) -> torch.Tensor:
@@ -266,7 +278,7 @@ def install(
     shared = SharedPrefix(model, entropy_gradient, autocast)
     if shared.reason is None:
         register_attention()
-        model.config._attn_implementation = NAME
+        use_attention(model, NAME)
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self, *args, **kwargs):
@@ -287,17 +299,23 @@ def shared_prefix_of(model: Any) -> SharedPrefix | None:
     return None
 
 
+def use_attention(model: Any, name: str) -> None:
+    """Sets the name under which a model's layers look up their attention."""
+    model.config._attn_implementation = name
+
+
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
     """
-    The model's own attention for a while without gradient, such as generation, which asks for it by name: continuous
-    batching refuses unknown ones, and what is cached or compiled depends on it.
+    The model's own attention for what is not a packed row. Our name would do the same in most models, but some read
+    it; generation does too: continuous batching refuses unknown ones, and what is cached or compiled depends on it.
+    Where a layer is computed again in the backward pass, under our name, attention without a layout is sdpa.
     """
-    config, ours = model.config, model.config._attn_implementation == NAME
+    ours = model.config._attn_implementation == NAME
     if ours:
-        config._attn_implementation = "sdpa"
+        use_attention(model, "sdpa")
     try:
         yield
     finally:
         if ours:
-            config._attn_implementation = NAME
+            use_attention(model, NAME)
