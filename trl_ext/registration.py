@@ -214,6 +214,7 @@ def _names_of(originals: list[type]) -> Iterator[str]:
 
 def _subclasses(classes: list[type]) -> Iterator[type]:
     """Other people's classes below these, but not those below ours."""
+    child: type
     for parent in classes:
         for child in type.__subclasses__(parent):
             if child.__module__.partition(".")[0] != "trl_ext":

@@ -16,7 +16,7 @@ def measure(form: str, vocabulary: int) -> float:
     """Peak resident memory in MB above what the process holds before the KL is computed."""
     import torch
 
-    from trl_ext.trainers.grpo.kl import Head, exact_kl
+    from trl_ext.trainers.grpo.exact_kl import Head, exact_kl
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

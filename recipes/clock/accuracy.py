@@ -5,6 +5,7 @@ Held-out accuracy on the clock task, as a function, a trainer callback and a com
 """
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 
@@ -126,13 +127,14 @@ class AccuracyReport(TrainerCallback):
             return
         curves = Path(args.output_dir) / "curves.png"
         curves.parent.mkdir(parents=True, exist_ok=True)
+        where = f"curves: {curves}"
         if importlib.util.find_spec("matplotlib") is None:
-            print("No curves are drawn: matplotlib is not installed (pip install -e '.[plots]').")
+            where = "no curves without matplotlib: pip install -e '.[plots]'"
         else:
             draw_curves(state.log_history, curves)
         print(
             f"Held-out accuracy, {len(self.rows)} prompts: greedy {self.before[0]:.2f} -> {greedy:.2f}, "
-            f"sampled {self.before[1]:.2f} -> {sampled:.2f} (curves: {curves})"
+            f"sampled {self.before[1]:.2f} -> {sampled:.2f} ({where})"
         )
 
     def _measure(self, model, processing_class, **kwargs) -> tuple[float, float]:

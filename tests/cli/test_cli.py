@@ -106,7 +106,7 @@ def test_a_users_script_gets_our_classes_and_options_in_both_processes(folder):
     two_processes(*command, results=["rank0.json", "rank1.json"])
     for rank in (0, 1):
         found = json.loads((folder / f"rank{rank}.json").read_text())
-        assert found["grpo"] == "trl_ext.trainers.grpo" and found["same"]
+        assert found["grpo"] == "trl_ext.trainers.grpo.trainer" and found["same"]
         assert found["dpo"] == _NAMES.get("DPOTrainer", "trl.trainer.dpo_trainer")
         assert found["processes"] == 2
         assert found["estimator"] == "reinforce_plus_plus" and "advantages/std" in found["logged"]
@@ -122,7 +122,7 @@ def test_the_same_script_without_us_is_trls_and_without_our_options_gives_the_sa
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(json.loads((folder / "rank0.json").read_text()))
     theirs, ours = results
-    assert (theirs["grpo"], ours["grpo"]) == ("trl.trainer.grpo_trainer", "trl_ext.trainers.grpo")
+    assert (theirs["grpo"], ours["grpo"]) == ("trl.trainer.grpo_trainer", "trl_ext.trainers.grpo.trainer")
     for name in ("same", "processes", "estimator", "logged", "weights", "name, file, argv, path"):
         assert ours[name] == theirs[name], name
 

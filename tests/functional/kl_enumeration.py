@@ -1,7 +1,7 @@
 """
 Expected gradients of every KL term, summed over all tokens of a small distribution; nothing is sampled.
 
-    python tests/kl_enumeration.py        prints the table of docs/methods/kl.md and draws docs/methods/kl.png
+    python tests/functional/kl_enumeration.py    prints the table of docs/methods/kl.md and draws docs/methods/kl.png
 """
 
 from pathlib import Path

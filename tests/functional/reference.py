@@ -1,8 +1,18 @@
-"""The estimators once more: float64 loops over lists, written from the papers, sharing nothing with the package."""
+"""
+The estimators once more: float64 loops over lists, written from the papers, sharing nothing with the package.
+
+Rows are lists of token rewards, the KL penalty subtracted; `without_kl` are the same rows before that, given where a
+penalty was. Returns are their sums, `None` in rows without any reward.
+"""
 
 import math
 
 NOT_SCORED = None
+
+
+def equal(values):
+    """Whether numbers differ by no more than a millionth of the largest, or of 1."""
+    return max(values) - min(values) <= 1e-6 * max(1.0, *(abs(x) for x in values))
 
 
 def reward_to_go(rewards, mask, gamma=1.0, discount="trainable"):
@@ -23,15 +33,17 @@ def _groups(returns, size):
         yield rows, [i for i in rows if returns[i] is not NOT_SCORED]
 
 
-def group_relative(returns, lengths, size):
+def group_relative(returns, lengths, size, without_kl=None):
+    """§4.1.2 of arXiv 2402.03300; a group whose returns differ by the KL alone is not divided."""
     out = [0.0] * len(returns)
     for _, scored in _groups(returns, size):
         if len(scored) < 2:
             continue
         mean = sum(returns[i] for i in scored) / len(scored)
         std = math.sqrt(sum((returns[i] - mean) ** 2 for i in scored) / (len(scored) - 1))
+        kl_alone = without_kl is not None and equal([without_kl[i] for i in scored])
         for i in scored:
-            out[i] = (returns[i] - mean) / (std + 1e-4)
+            out[i] = (returns[i] - mean) / (1.0 if kl_alone else std + 1e-4)
     return out
 
 
@@ -61,38 +73,107 @@ def length_weighted(returns, lengths, size):
     return out
 
 
-def reinforce_plus_plus(rows, masks, scored, weighting="token", correction=0, gamma=1.0, discount="trainable"):
-    """Rows of token rewards to rows of advantages, Eq. 4–5 of arXiv 2501.03262 v9."""
-    to_go = [reward_to_go(r, m, gamma, discount) for r, m in zip(rows, masks, strict=True)]
-    return _whitened(to_go, masks, scored, weighting, correction)
+def reinforce(rows, masks, scored, gamma=1.0, discount="trainable"):
+    """Rows of token rewards to rows of advantages; 0 in rows without any reward."""
+    return [
+        reward_to_go(row, mask, gamma, discount) if known else [0.0] * len(row)
+        for row, mask, known in zip(rows, masks, scored, strict=True)
+    ]
 
 
-def reinforce_plus_plus_baseline(rows, masks, scored, outcomes, size, weighting="token", correction=0):
+def reinforce_plus_plus(
+    rows,
+    masks,
+    scored,
+    without_kl=None,
+    weighting="token",
+    correction=0,
+    norm="whiten",
+    gamma=1.0,
+    discount="trainable",
+):
+    """Eq. 4–5 of arXiv 2501.03262 v9."""
+    to_go, outcomes = (
+        None if rows_ is None else [reward_to_go(r, m, gamma, discount) for r, m in zip(rows_, masks, strict=True)]
+        for rows_ in (rows, without_kl)
+    )
+    return _whitened(to_go, outcomes, masks, scored, weighting, correction, norm)
+
+
+def reinforce_plus_plus_baseline(
+    rows, masks, scored, outcomes, size, without_kl=None, weighting="token", correction=0, norm="whiten"
+):
     """Eq. 6–8; `outcomes[i]` is the return of row i without KL."""
-    values, compared = [], [False] * len(rows)
+    values, unpenalised, compared = [], [], [False] * len(rows)
     for members, _ in _groups(outcomes, size):
         known = [j for j in members if scored[j]]
         mean = sum(outcomes[j] for j in known) / len(known) if known else 0.0
         for i in members:
             compared[i] = scored[i] and len(known) > 1
             values.append([x - mean for x in reward_to_go(rows[i], masks[i])])
-    return _whitened(values, masks, compared, weighting, correction)
+            if without_kl is not None:
+                unpenalised.append([x - mean for x in reward_to_go(without_kl[i], masks[i])])
+    return _whitened(values, None if without_kl is None else unpenalised, masks, compared, weighting, correction, norm)
 
 
-def _whitened(values, masks, used, weighting, correction):
-    entries = []
-    for i, row in enumerate(values):
-        tokens = sum(masks[i])
-        for t, x in enumerate(row):
-            if used[i] and masks[i][t]:
-                entries.append((x, 1.0 if weighting == "token" else 1.0 / tokens))
-    if not entries:
+def _whitened(values, without_kl, masks, used, weighting, correction, norm):
+    places = [(i, t) for i, row in enumerate(values) for t in range(len(row)) if used[i] and masks[i][t]]
+    if not places:
         return [[0.0] * len(row) for row in values]
-    total = sum(w for _, w in entries)
-    mean = sum(w * x for x, w in entries) / total
+    weights = [1.0 if weighting == "token" else 1.0 / sum(masks[i]) for i, _ in places]
+    total = sum(weights)
+    mean = sum(w * values[i][t] for w, (i, t) in zip(weights, places, strict=True)) / total
     degrees = total - correction if total > correction + 1e-9 else total
-    std = math.sqrt(sum(w * (x - mean) ** 2 for x, w in entries) / degrees + 1e-8)
-    return [
-        [(x - mean) / std if used[i] and masks[i][t] else 0.0 for t, x in enumerate(row)]
-        for i, row in enumerate(values)
-    ]
+    squares = sum(w * (values[i][t] - mean) ** 2 for w, (i, t) in zip(weights, places, strict=True))
+    std = math.sqrt(squares / degrees + 1e-8)
+    if norm == "center" or (without_kl is not None and equal([without_kl[i][t] for i, t in places])):
+        std = 1.0
+    out = [[0.0] * len(row) for row in values]
+    for i, t in places:
+        out[i][t] = (values[i][t] - mean) / std
+    return out
+
+
+def step_advantages(step_rewards, step_ends, masks, size, credit="sum", temperature=0.1):
+    """§4.1.3 of arXiv 2402.03300; one prompt, one completion, one token at a time. `None`: a step without reward."""
+    advantages = []
+    for start in range(0, len(step_rewards), size):
+        members = range(start, start + size)
+        pool = [r for i in members for r in step_rewards[i] or [] if r is not None]
+        mean = sum(pool) / len(pool) if pool else 0.0
+        std = math.sqrt(sum((r - mean) ** 2 for r in pool) / (len(pool) - 1)) if len(pool) > 1 else 0.0
+        for i in members:
+            known = [(e, r) for e, r in zip(step_ends[i], step_rewards[i] or [], strict=False) if r is not None]
+            softmax = [math.exp(-r / temperature) for _, r in known] if credit == "softmin" else [1.0] * len(known)
+            row = []
+            for t, trainable in enumerate(masks[i]):
+                later = [
+                    ((r - mean) / (std + 1e-4), w / sum(softmax))
+                    for (e, r), w in zip(known, softmax, strict=True)
+                    if e >= t
+                ]
+                values = [value for value, _ in later]
+                if not trainable or not later:
+                    row.append(0.0)
+                elif credit == "softmin":
+                    row.append(sum(value * weight for value, weight in later))
+                else:
+                    row.append({"sum": sum(values), "mean": sum(values) / len(values), "min": min(values)}[credit])
+            advantages.append(row)
+    return advantages
+
+
+def process_group_relative(
+    step_rewards, step_ends, masks, returns, size, process_weight=1.0, outcome_weight=1.0, **options
+):
+    """The two sources, each on its own scale; and the share of the first in the sum of the sizes, NaN without any."""
+    of_steps = step_advantages(step_rewards, step_ends, masks, size, **options)
+    of_outcomes = group_relative(returns, None, size)
+    total, sizes = [], [0.0, 0.0]
+    for row, mask, outcome in zip(of_steps, masks, of_outcomes, strict=True):
+        total.append([])
+        for x, trainable in zip(row, mask, strict=True):
+            parts = process_weight * x, outcome_weight * outcome if trainable else 0.0
+            total[-1].append(sum(parts))
+            sizes = [size_ + abs(part) for size_, part in zip(sizes, parts, strict=True)]
+    return total, sizes[0] / sum(sizes) if sum(sizes) else math.nan

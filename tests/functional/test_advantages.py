@@ -1,8 +1,11 @@
 """The estimators: the spec of each as numbers worked by hand, as float64 loops, as laws and as exact expectations."""
 
+import dataclasses
 import inspect
 import itertools
+import math
 import warnings
+from typing import NamedTuple
 
 import pytest
 import reference
@@ -10,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS, NEEDS_SIBLINGS, PER_TOKEN
-from trl_ext.functional.reductions import reward_at_end
+from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
+from trl_ext.functional.rewards import RewardBatch, reward_at_end
 
 F64 = torch.float64
 NAN = float("nan")
 ALL = sorted(ADVANTAGE_ESTIMATORS)
+SIBLINGS = [name for name in ALL if ADVANTAGE_ESTIMATORS[name].siblings]
 REINFORCE_PP = ["reinforce_plus_plus", "reinforce_plus_plus_baseline"]
 
 
@@ -27,11 +31,25 @@ def mask_of(lengths):
     return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
 
+def estimate(name, batch, **options):
+    return ADVANTAGE_ESTIMATORS[name].function(batch, **options)
+
+
+def rewarded(name, rewards, scored, mask, size, penalty=None):
+    """A batch of these rewards, which are those of steps where the estimator needs steps."""
+    if ADVANTAGE_ESTIMATORS[name].steps == "needed":
+        nothing = torch.zeros_like(rewards), torch.zeros_like(scored)
+        return RewardBatch(*nothing, mask, size, steps=rewards, steps_scored=scored)
+    return RewardBatch(rewards, scored, mask, size, kl_penalty=penalty)
+
+
+def of_returns(name, returns, mask, size):
+    return rewarded(name, *reward_at_end(torch.as_tensor(returns, dtype=F64), mask), mask, size)
+
+
 def outcome(name, returns, lengths=None, size=4, **options):
     """Advantage per row (its first token) of an outcome batch."""
-    mask = mask_of(lengths or [1] * len(returns))
-    rewards, scored = reward_at_end(torch.tensor(returns, dtype=F64), mask)
-    advantages = ADVANTAGE_ESTIMATORS[name](rewards, scored, mask, size, **options)
+    advantages = estimate(name, of_returns(name, returns, mask_of(lengths or [1] * len(returns)), size), **options)
     return advantages[:, 0] if advantages.dim() == 2 else advantages
 
 
@@ -44,8 +62,7 @@ KL_PENALTY = 0.1 * KL * KL_MASK
 
 def with_kl(name, returns, size=1, beta=1.0, **options):
     rewards, scored = reward_at_end(torch.tensor(returns, dtype=F64), KL_MASK)
-    penalty = beta * KL_PENALTY
-    return ADVANTAGE_ESTIMATORS[name](rewards - penalty, scored, KL_MASK, size, kl_penalty=penalty, **options)
+    return estimate(name, RewardBatch(rewards, scored, KL_MASK, size, kl_penalty=beta * KL_PENALTY), **options)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +91,7 @@ def test_estimators_of_one_return_sum_the_kl_over_the_sequence():
     close(with_kl("group_relative", [1.0, 0.0], size=2), [0.707002, -0.707002])
 
 
+PER_GROUP = ["group_relative", "process_group_relative"]  # divided by the standard deviation of the group
 GROUPS = [1, 0, 0, 0, 0.9, 1, 1, 0.8]
 
 
@@ -92,10 +110,11 @@ GROUPS = [1, 0, 0, 0, 0.9, 1, 1, 0.8]
             [2.405781, -0.801927, -0.801927, -0.801927, -0.080193, 0.240578, 0.240578, -0.400963],
         ),
         ("reinforce", GROUPS),
+        ("process_group_relative", [1.4997, -0.4999, -0.4999, -0.4999, -0.260844, 0.782532, 0.782532, -1.304220]),
     ],
 )
 def test_two_groups_of_four(name, expected):
-    close(outcome(name, GROUPS), expected, atol=1e-4 if name == "group_relative" else 1e-6)
+    close(outcome(name, GROUPS), expected, atol=1e-4 if name in PER_GROUP else 1e-6)
 
 
 LENGTHS = [10, 2, 2, 2, 2, 2, 2, 10]
@@ -165,9 +184,11 @@ def test_the_recentring_of_a_group_without_signal_is_a_fact_of_token_weighting()
 def test_a_batch_that_cannot_teach_gives_zeros_and_a_warning(name, empty):
     mask = torch.zeros(4, 3) if empty == "no trainable token" else torch.ones(4, 3)
     returns = torch.full((4,), NAN if empty == "no reward" else 1.0)
-    rewards, scored = reward_at_end(returns, mask)
-    with pytest.warns(UserWarning, match="No completion of the batch has both a reward and a trainable token"):
-        advantages = ADVANTAGE_ESTIMATORS[name](rewards, scored, mask, 2)
+    message = "No completion of the batch has both a reward and a trainable token; all advantages are 0."
+    with pytest.warns(UserWarning) as caught:
+        batch = of_returns(name, returns, mask, 2)
+        advantages = estimate(name, batch)
+    assert [str(warning.message) for warning in caught] == [message]
     assert not advantages.any()
 
 
@@ -178,13 +199,12 @@ def test_one_trainable_token_gives_zero(name):
         close(outcome(name, [3.0], size=size), [3.0])
     else:
         for options in [{}] if name not in REINFORCE_PP else [{}, {"correction": 1}, {"weighting": "sequence"}]:
-            warns = name == "reinforce_plus_plus_baseline"
-            with warnings.catch_warnings(record=True):
-                warnings.simplefilter("always" if warns else "error")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
                 close(outcome(name, [3.0], size=size, **options), [0.0])
 
 
-@pytest.mark.parametrize("name", sorted(NEEDS_SIBLINGS))
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_a_row_without_scored_sibling_gets_zero(name):
     close(outcome(name, [5.0, NAN, NAN, NAN, 1.0, 0.0, 0.0, 1.0])[:4], [0.0] * 4)
 
@@ -199,137 +219,226 @@ def test_a_fully_masked_row_gets_zero_but_its_reward_counts_for_its_siblings(nam
     mask = mask_of([2, 2, 0, 2, 2, 2])
     advantages = []
     for masked_reward in (0.0, 5.0):
-        returns = torch.tensor([1.0, 0.0, masked_reward, 0.0, 0.0, 1.0], dtype=F64)
-        rewards, scored = reward_at_end(returns, mask)
-        advantages.append(ADVANTAGE_ESTIMATORS[name](rewards, scored, mask, 3))
+        advantages.append(estimate(name, of_returns(name, [1.0, 0.0, masked_reward, 0.0, 0.0, 1.0], mask, 3)))
     assert not any(a[2].any() for a in advantages)
-    sees_sequences = name in NEEDS_SIBLINGS - {"length_weighted"}
+    sees_sequences = name in SIBLINGS and name != "length_weighted"
     assert torch.equal(*advantages) is not sees_sequences
 
 
 # Laws, over the whole table
 
 
+def matrix(draw, rows, width, entries):
+    row = st.lists(entries, min_size=width, max_size=width)
+    return draw(st.lists(row, min_size=rows, max_size=rows))
+
+
+class Case(NamedTuple):
+    """A batch as lists, for the loops; `steps` and `penalty` may be missing. NaN: not scored."""
+
+    returns: list
+    mask: list
+    size: int
+    steps: list | None
+    penalty: list | None
+
+    def batch(self, pad=0, order=None):
+        """The batch as tensors; with further columns, or its rows in another order."""
+
+        def tensor(rows, dtype=F64):
+            found = torch.tensor(rows, dtype=dtype)
+            found = found if order is None else found[order]
+            return torch.nn.functional.pad(found, (0, pad)) if found.dim() == 2 else found
+
+        mask = tensor(self.mask, torch.long)
+        outcome, scored = reward_at_end(tensor(self.returns), mask)
+        steps, penalty = (None if x is None else tensor(x) for x in (self.steps, self.penalty))
+        known = None
+        if steps is not None:
+            known = tensor([[not math.isnan(x) for x in row] for row in self.steps], torch.bool)
+            steps = steps.where(known, 0.0)
+        return quiet(RewardBatch, outcome, scored, mask, self.size, steps, known, penalty)
+
+    @property
+    def scored(self):
+        """Which rows have a reward at all."""
+        steps = self.steps or [[NAN]] * len(self.returns)
+        return [not all(math.isnan(x) for x in (r, *row)) for r, row in zip(self.returns, steps, strict=True)]
+
+    @property
+    def without_kl(self):
+        """Token rewards, the outcome on the last trainable token, or on the first of a row without any."""
+        rows = []
+        for i, mask in enumerate(self.mask):
+            row = [
+                0.0 if self.steps is None or math.isnan(self.steps[i][t]) else self.steps[i][t]
+                for t in range(len(mask))
+            ]
+            last = max((t for t, trainable in enumerate(mask) if trainable), default=0)
+            row[last] += 0.0 if math.isnan(self.returns[i]) else self.returns[i]
+            rows.append(row)
+        return rows
+
+    @property
+    def rewards(self):
+        """Token rewards less the KL."""
+        if self.penalty is None:
+            return self.without_kl
+        return [
+            [r - p for r, p in zip(*rows, strict=True)] for rows in zip(self.without_kl, self.penalty, strict=True)
+        ]
+
+
 @st.composite
-def batches(draw, min_scored=0):
+def cases(draw, steps="refused"):
     size = draw(st.sampled_from([2, 3, 4]))
     rows = size * draw(st.integers(1, 3))
     width = draw(st.integers(1, 6))
-    mask = torch.tensor(
-        draw(st.lists(st.lists(st.integers(0, 1), min_size=width, max_size=width), min_size=rows, max_size=rows))
-    )
+    mask = matrix(draw, rows, width, st.integers(0, 1))
     numbers = st.floats(-10, 10).map(lambda x: round(x, 3))
-    returns = draw(st.lists(st.one_of(numbers, numbers, numbers, st.just(NAN)), min_size=rows, max_size=rows))
-    kl = torch.tensor(draw(st.lists(st.lists(numbers, min_size=width, max_size=width), min_size=rows, max_size=rows)))
-    penalty = draw(st.sampled_from([None, kl.double() * 0.01 * mask]))
-    rewards, scored = reward_at_end(torch.tensor(returns, dtype=F64), mask)
-    if penalty is not None:
-        rewards = rewards - penalty
-    return rewards, scored, mask, size, penalty
+    few = numbers | st.sampled_from([0.0, 1.0])  # outcomes are often equal
+    all_equal = draw(st.booleans())
+    one = draw(few)
+    returns = [NAN if draw(st.integers(0, 3)) == 0 else one if all_equal else draw(few) for _ in range(rows)]
+    kl = [
+        [0.01 * x * m for x, m in zip(*pair, strict=True)]
+        for pair in zip(matrix(draw, rows, width, numbers), mask, strict=True)
+    ]
+    penalty = draw(st.sampled_from([None, kl])) if steps != "needed" else None
+    of_steps = None
+    if steps == "needed" or (steps == "added" and draw(st.booleans())):
+        of_steps = matrix(draw, rows, width, numbers | st.just(NAN))
+    return Case(returns, mask, size, of_steps, penalty)
 
 
-def quiet(name, rewards, scored, mask, size, penalty):
+def quiet(function, *args, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ADVANTAGE_ESTIMATORS[name](rewards, scored, mask, size, kl_penalty=penalty)
+        return function(*args, **options)
 
 
 def as_tokens(advantages, mask):
     return advantages if advantages.dim() == 2 else advantages[:, None] * mask
 
 
+def tensors(batch):
+    return {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+
+
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=60, deadline=None)
-@given(batch=batches())
-def test_laws_of_every_estimator(name, batch):
-    rewards, scored, mask, size, penalty = batch
-    before = [x.clone() for x in (rewards, scored, mask)]
-    advantages = quiet(name, *batch)
-    tokens = as_tokens(advantages, mask)
+@given(data=st.data())
+def test_laws_of_every_estimator(name, data):
+    row = ADVANTAGE_ESTIMATORS[name]
+    case = data.draw(cases(row.steps))
+    batch = case.batch()
+    before = {key: value.clone() for key, value in tensors(batch).items()}
+    advantages = quiet(row.function, batch)
+    tokens = as_tokens(advantages, batch.mask)
 
-    assert advantages.shape == (rewards.shape if name in PER_TOKEN else rewards.shape[:1])
-    assert advantages.dtype == rewards.dtype
+    assert advantages.shape == (batch.outcome.shape if row.per_token else batch.outcome.shape[:1])
+    assert advantages.dtype == batch.outcome.dtype
     assert advantages.isfinite().all()
-    assert not tokens[mask == 0].any()
-    assert not advantages[~scored.any(1)].any()
-    for x, y in zip((rewards, scored, mask), before, strict=True):
-        assert torch.equal(x, y), "inputs are not changed"
+    assert not tokens[batch.mask == 0].any()
+    assert not advantages[~torch.tensor(case.scored)].any()
+    for key, value in before.items():
+        assert torch.equal(tensors(batch)[key], value), "inputs are not changed"
 
-    pad = torch.nn.functional.pad
-    padded = quiet(
-        name,
-        pad(rewards, (0, 2)),
-        pad(scored, (0, 2)),
-        pad(mask, (0, 2)),
-        size,
-        None if penalty is None else pad(penalty, (0, 2)),
-    )
+    padded = quiet(row.function, case.batch(pad=2))
     close(padded if padded.dim() == 1 else padded[:, :-2], advantages, atol=1e-9, rtol=1e-9)
 
-    groups = torch.arange(len(rewards)).view(-1, size).flip(0, 1).flatten()  # prompts and siblings, both reversed
-    permuted = quiet(
-        name, rewards[groups], scored[groups], mask[groups], size, None if penalty is None else penalty[groups]
+    reversed_ = torch.arange(len(advantages)).view(-1, case.size).flip(0, 1).flatten()  # prompts and siblings, both
+    permuted = quiet(row.function, case.batch(order=reversed_))
+    close(permuted, advantages[reversed_], atol=1e-9, rtol=1e-9)
+
+
+def written(name, case, **options):
+    """What the loop written from the paper says, or `None` where the paper says nothing."""
+    rows, masks, known = case.rewards, case.mask, case.scored
+    without_kl = None if case.penalty is None else case.without_kl
+    returns, outcomes = (
+        [sum(r) if k else None for r, k in zip(x, known, strict=True)] for x in (rows, case.without_kl)
     )
-    close(permuted, advantages[groups], atol=1e-9, rtol=1e-9)
+    lengths = [sum(mask) for mask in masks]
+    if name == "reinforce":
+        return reference.reinforce(rows, masks, known, **options)
+    if name == "reinforce_plus_plus":
+        return reference.reinforce_plus_plus(rows, masks, known, without_kl, **options)
+    if name == "reinforce_plus_plus_baseline":
+        return reference.reinforce_plus_plus_baseline(rows, masks, known, outcomes, case.size, without_kl, **options)
+    if name == "process_group_relative":
+        steps, ends = (
+            [[value(t, x) for t, x in enumerate(row) if not math.isnan(x)] for row in case.steps]
+            for value in (lambda t, x: x, lambda t, x: t)
+        )
+        alone = [None if math.isnan(x) else x for x in case.returns]
+        return reference.process_group_relative(steps, ends, masks, alone, case.size, **options)[0]
+    if name == "length_weighted":
+        groups = range(0, len(rows), case.size)
+        if any(sum(lengths[i] for i in range(s, s + case.size) if known[i]) == 0 for s in groups):
+            return None  # no token in a group: no baseline to write down; zeros, see the laws
+    if name == "group_relative":
+        expected = reference.group_relative(returns, lengths, case.size, None if without_kl is None else outcomes)
+    else:
+        expected = getattr(reference, name)(returns, lengths, case.size)
+    return [x if n else 0.0 for x, n in zip(expected, lengths, strict=True)]
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=60, deadline=None)
-@given(batch=batches())
-def test_every_estimator_equals_the_loop_written_from_its_paper(name, batch):
-    rewards, scored, mask, size, _ = batch
-    advantages = quiet(name, rewards, scored, mask, size, None)
-    rows, masks, known = rewards.tolist(), mask.tolist(), scored.any(1).tolist()
-    returns = [sum(row) if k else None for row, k in zip(rows, known, strict=True)]
-    lengths = mask.sum(1).tolist()
-    if name == "reinforce":
-        expected = [
-            reference.reward_to_go(r, m) if k else [0.0] * len(r) for r, m, k in zip(rows, masks, known, strict=True)
-        ]
-    elif name == "reinforce_plus_plus":
-        expected = reference.reinforce_plus_plus(rows, masks, known)
-    elif name == "reinforce_plus_plus_baseline":
-        expected = reference.reinforce_plus_plus_baseline(rows, masks, known, returns, size)
-    else:
-        lengths_or_one = [max(n, 0) for n in lengths]
-        if name == "length_weighted" and any(
-            sum(lengths[i] for i in range(s, s + size) if known[i]) == 0 for s in range(0, len(rows), size)
-        ):
-            return  # no token in a group: no baseline to write down; zeros, see the laws
-        expected = getattr(reference, name)(returns, lengths_or_one, size)
-        expected = [x if n else 0.0 for x, n in zip(expected, lengths, strict=True)]
-    close(advantages, expected, atol=1e-8, rtol=1e-8)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_every_estimator_equals_the_loop_written_from_its_paper(name, data):
+    case = data.draw(cases(ADVANTAGE_ESTIMATORS[name].steps))
+    expected = written(name, case)
+    if expected is not None:
+        close(quiet(estimate, name, case.batch()), expected, atol=1e-8, rtol=1e-8)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    batch=batches(),
+    case=cases("added"),
     weighting=st.sampled_from(["token", "sequence"]),
     correction=st.sampled_from([0, 1]),
+    norm=st.sampled_from(["whiten", "center"]),
     gamma=st.sampled_from([1.0, 0.7]),
     discount=st.sampled_from(["trainable", "all"]),
 )
-def test_reinforce_plus_plus_options_equal_the_loop(batch, weighting, correction, gamma, discount):
-    rewards, scored, mask, size, _ = batch
-    options = {"weighting": weighting, "correction": correction, "gamma": gamma, "discount": discount}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        actual = ADVANTAGE_ESTIMATORS["reinforce_plus_plus"](rewards, scored, mask, size, **options)
-    expected = reference.reinforce_plus_plus(rewards.tolist(), mask.tolist(), scored.any(1).tolist(), **options)
-    close(actual, expected, atol=1e-8, rtol=1e-8)
+def test_reinforce_plus_plus_options_equal_the_loop(case, weighting, correction, norm, gamma, discount):
+    options = {"weighting": weighting, "correction": correction, "norm": norm}
+    discounting = {"gamma": gamma, "discount": discount}
+    for name, given_options in (
+        ("reinforce", discounting),
+        ("reinforce_plus_plus", options | discounting),
+        ("reinforce_plus_plus_baseline", options),
+    ):
+        actual = quiet(estimate, name, case.batch(), **given_options)
+        close(actual, written(name, case, **given_options), atol=1e-8, rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["group_relative", *REINFORCE_PP])
+@settings(max_examples=60, deadline=None)
+@given(
+    case=cases("needed"),
+    credit=st.sampled_from(["sum", "mean", "min", "softmin"]),
+    weights=st.tuples(*[st.sampled_from([0.0, 0.5, 1.0, -2.0])] * 2),
+)
+def test_process_group_relative_options_equal_the_loop(case, credit, weights):
+    options = {"credit": credit, "process_weight": weights[0], "outcome_weight": weights[1]}
+    options |= {"temperature": 5.0} if credit == "softmin" else {}
+    actual = quiet(estimate, "process_group_relative", case.batch(), **options)
+    close(actual, written("process_group_relative", case, **options), atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", [*PER_GROUP, *REINFORCE_PP])
 def test_scale_and_shift_of_the_reward_do_not_matter(name):
     base = outcome(name, GROUPS, LENGTHS)
-    close(outcome(name, [3 * x + 7 for x in GROUPS], LENGTHS), base, atol=1e-2 if name == "group_relative" else 1e-6)
+    close(outcome(name, [3 * x + 7 for x in GROUPS], LENGTHS), base, atol=1e-2 if name in PER_GROUP else 1e-6)
 
 
 @pytest.mark.parametrize("weighting", ["token", "sequence"])
 def test_reinforce_plus_plus_has_mean_zero_and_unit_variance_over_the_batch(weighting):
     mask = mask_of(LENGTHS).double()
-    rewards, scored = reward_at_end(torch.tensor(GROUPS, dtype=F64), mask)
-    advantages = ADVANTAGE_ESTIMATORS["reinforce_plus_plus"](rewards, scored, mask, 4, weighting=weighting)
+    batch = of_returns("reinforce_plus_plus", GROUPS, mask, 4)
+    advantages = estimate("reinforce_plus_plus", batch, weighting=weighting)
     weights = mask if weighting == "token" else mask / mask.sum(1, keepdim=True)
     mean = (weights * advantages).sum() / weights.sum()
     close(mean, 0.0, atol=1e-12)
@@ -340,7 +449,7 @@ def test_center_subtracts_the_batch_mean_only():
     close(outcome("reinforce_plus_plus", GROUPS, norm="center"), [x - 0.5875 for x in GROUPS])
 
 
-@pytest.mark.parametrize("name", ["group_relative", "group_mean", "leave_one_out"])
+@pytest.mark.parametrize("name", [*PER_GROUP, "group_mean", "leave_one_out"])
 def test_group_advantages_sum_to_zero_over_the_siblings(name):
     close(outcome(name, GROUPS).view(2, 4).sum(1), [0.0, 0.0], atol=1e-12)
 
@@ -372,17 +481,142 @@ def test_expected_policy_gradient_by_enumeration(name, factor, size):
     close(gradient, exact * (factor(size) if factor else 1.0), atol=1e-12)
 
 
-# The table itself
+# The table itself: what each row says, found out from its function
 
 
-def test_the_table_says_which_entries_need_siblings_and_which_are_per_token():
-    for name, estimator in ADVANTAGE_ESTIMATORS.items():
-        alone = outcome(name, [1.0, 0.0, 0.0, 0.0], size=1) if name not in NEEDS_SIBLINGS else None
-        assert alone is None or alone.any(), name
-        assert list(inspect.signature(estimator).parameters)[:5] == [
-            "rewards", "scored", "completion_mask", "num_generations", "kl_penalty"
-        ]  # fmt: skip
-    assert set(ADVANTAGE_ESTIMATORS) >= NEEDS_SIBLINGS | PER_TOKEN
+def asked(name, **fields):
+    """A batch of all that an estimator may ask for, with equal lengths, no two rewards equal."""
+    rng = torch.Generator().manual_seed(0)
+    outcome, scored = reward_at_end(torch.rand(8, generator=rng, dtype=F64), torch.ones(8, 3))
+    ends = torch.tensor([[False, True, True]]).expand(8, 3)
+    row = ADVANTAGE_ESTIMATORS[name]
+    steps = torch.rand(8, 3, generator=rng, dtype=F64).where(ends, 0.0)
+    given_fields = {
+        "steps": steps if row.steps == "needed" else None,
+        "steps_scored": ends if row.steps == "needed" else None,
+        "baseline": torch.rand(8, generator=rng, dtype=F64) if row.baseline else None,
+        "values": torch.rand(8, 4, generator=rng, dtype=F64) if row.values else None,
+        "num_generations": 4,
+    } | fields
+    return RewardBatch(outcome=outcome, outcome_scored=scored, mask=torch.ones(8, 3), **given_fields)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_says_whether_the_result_has_one_number_per_token(name):
+    advantages = estimate(name, asked(name))
+    assert advantages.shape == ((8, 3) if ADVANTAGE_ESTIMATORS[name].per_token else (8,))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_says_whether_completions_of_one_prompt_are_compared(name):
+    results = {size: estimate(name, asked(name, num_generations=size)) for size in (1, 2, 4, 8)}
+    if ADVANTAGE_ESTIMATORS[name].siblings:
+        assert all(not torch.allclose(a, b) for a, b in itertools.combinations(results.values(), 2))
+        if ADVANTAGE_ESTIMATORS[name].steps != "needed":  # the two steps of one completion are compared, too
+            close(results[1], torch.zeros_like(results[1]), atol=1e-12)  # alone, there is nothing to compare with
+    else:
+        assert all(torch.equal(results[1], other) for other in results.values()), "whose sibling a row is matters not"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_says_what_becomes_of_step_rewards(name):
+    steps, ends = torch.zeros(8, 3, dtype=F64), torch.zeros(8, 3, dtype=torch.bool)
+    steps[0, 1], ends[:, 1] = 3.0, True
+    without, changed = ({"steps": x, "steps_scored": None if x is None else ends} for x in (None, steps))
+    kind = ADVANTAGE_ESTIMATORS[name].steps
+    if kind == "needed":
+        with pytest.raises(ValueError) as error:
+            estimate(name, asked(name, **without))
+        assert str(error.value) == f"{name} needs step rewards; set steps and steps_scored of the batch."
+        assert not torch.allclose(estimate(name, asked(name)), estimate(name, asked(name, **changed)))
+    elif kind == "added":
+        before, after = estimate(name, asked(name, **without)), estimate(name, asked(name, **changed))
+        # The reward of a step teaches its token and those before it, beyond what a reward at the end would.
+        assert not torch.allclose(before[0], after[0])
+        assert before[0].unique().numel() == 1 and after[0, 1] > after[0, 2]
+    else:
+        assert kind == "refused"
+        assert not ADVANTAGE_ESTIMATORS[name].per_token, "one number per completion cannot tell its steps apart"
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("field", "shape"), [("baseline", (8,)), ("values", (8, 4))])
+def test_a_row_says_whether_the_greedy_answer_or_a_critic_is_read(name, field, shape):
+    one, other = (asked(name, **{field: torch.full(shape, x, dtype=F64)}) for x in (0.25, 0.5))
+    reads = not torch.allclose(estimate(name, one), estimate(name, other))
+    assert reads is getattr(ADVANTAGE_ESTIMATORS[name], field)
+
+
+def options_of(name):
+    return inspect.signature(ADVANTAGE_ESTIMATORS[name].function).parameters
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if ADVANTAGE_ESTIMATORS[name].std is not None])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_what_a_row_divides_by_times_the_result_is_the_centred_one(name, data):
+    case = data.draw(cases("added"))
+    options = {
+        "weighting": data.draw(st.sampled_from(["token", "sequence"])),
+        "correction": data.draw(st.sampled_from([0, 1])),
+    }
+    if "discount" in options_of(name):
+        options |= {
+            "gamma": data.draw(st.sampled_from([1.0, 0.7])),
+            "discount": data.draw(st.sampled_from(["trainable", "all"])),
+        }
+    batch, function = case.batch(), ADVANTAGE_ESTIMATORS[name].function
+    std = quiet(ADVANTAGE_ESTIMATORS[name].std, batch, **options)
+    assert std.dim() == 0 and std.dtype == F64 and std > 0
+    centred = quiet(function, batch, **options, norm="center")
+    close(quiet(function, batch, **options) * std, centred, atol=1e-9, rtol=1e-9)
+    assert quiet(ADVANTAGE_ESTIMATORS[name].std, batch, **options, norm="center") == 1.0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_without_a_divisor_divides_by_nothing_or_by_one_number_for_each_prompt(name):
+    batch, first = asked(name), torch.tensor([[3.0]] * 4 + [[1.0]] * 4, dtype=F64)
+
+    def scaled(factor):
+        steps = None if batch.steps is None else factor * batch.steps
+        return estimate(name, dataclasses.replace(batch, outcome=factor * batch.outcome, steps=steps))
+
+    before, all_tripled, first_tripled = estimate(name, batch), scaled(3), scaled(first)
+    if ADVANTAGE_ESTIMATORS[name].std is not None:  # one number for the batch
+        close(all_tripled, before, atol=1e-6)
+        assert not torch.allclose(first_tripled[4:], before[4:], rtol=0.05)
+        assert "norm" in options_of(name)
+    elif name in PER_GROUP:
+        close(all_tripled, before, atol=5e-3)
+        close(first_tripled, before, atol=5e-3)
+    else:
+        close(all_tripled, 3 * before, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if ADVANTAGE_ESTIMATORS[name].metrics is not None])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_share_of_the_steps_equals_the_loop(name, data):
+    assert name == "process_group_relative", "its metrics need a loop of their own"
+    case = data.draw(cases("needed"))
+    weights = {key: data.draw(st.sampled_from([0.0, 0.5, 1.0, -2.0])) for key in ("process_weight", "outcome_weight")}
+    options = {**weights, "credit": data.draw(st.sampled_from(["sum", "mean", "min"]))}
+    batch = case.batch()
+    advantages = quiet(estimate, name, batch, **options)
+    metrics = quiet(ADVANTAGE_ESTIMATORS[name].metrics, batch, advantages, **options)
+    steps = [[x for x in row if not math.isnan(x)] for row in case.steps]
+    ends = [[t for t, x in enumerate(row) if not math.isnan(x)] for row in case.steps]
+    alone = [None if math.isnan(x) else x for x in case.returns]
+    _, share = reference.process_group_relative(steps, ends, case.mask, alone, case.size, **options)
+    assert [*metrics] == ["process/advantage_share"]
+    assert metrics["process/advantage_share"] == pytest.approx(share, abs=1e-8, nan_ok=True)
+
+
+def test_every_function_of_the_table_takes_a_batch_and_options_by_name():
+    for name in ALL:
+        first, *others = options_of(name).values()
+        assert first.name == "batch" and first.kind is first.POSITIONAL_OR_KEYWORD, name
+        assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in others), name
 
 
 @pytest.mark.parametrize(
@@ -393,6 +627,7 @@ def test_the_table_says_which_entries_need_siblings_and_which_are_per_token():
         ("reinforce_plus_plus", {"correction": 2}, "correction must be 0 .* or 1 .*, got 2"),
         ("reinforce_plus_plus", {"gamma": 0.0}, r"gamma must be a number in \(0, 1\], got 0.0"),
         ("reinforce_plus_plus_baseline", {"gamma": 0.9}, "gamma must be 1.0 for 'reinforce_plus_plus_baseline'"),
+        ("process_group_relative", {"credit": "max"}, "credit must be 'sum', 'mean', 'min' or 'softmin', got 'max'"),
     ],
 )
 def test_options_outside_their_range_are_refused(name, options, message):

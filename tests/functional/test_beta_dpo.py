@@ -1,4 +1,4 @@
-"""β-DPO: a β of the batch of all processes, its moving margin, its filter, and both in interrupted runs."""
+"""β-DPO: a β of the batch of all processes, its moving margins and its filter."""
 
 import dataclasses
 import itertools
@@ -7,14 +7,12 @@ import math
 
 import pytest
 import torch
-import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import logged, weights
-from tiny.dpo import build, pairs
 
-from trl_ext.functional.preference_losses import (
+from trl_ext.functional.preference import (
     GlobalMargins,
+    MovingMargins,
     PairBatch,
     batch_beta,
     beta_dpo,
@@ -22,24 +20,20 @@ from trl_ext.functional.preference_losses import (
     logistic,
     moving_statistics,
 )
-from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
-from trl_ext.trainers.dpo.beta_dpo import MovingMargin
 
 F64 = torch.float64
-OURS = (DPOTrainer, DPOConfig)
-TRLS = (trl.DPOTrainer, trl.DPOConfig)
 
 
-def batch_of(margins, everyone=None, beta=0.5, dtype=F64):
+def batch_of(margins, known=None, beta=0.5, dtype=F64):
     """Pairs with the given margins, which lie in the chosen completions."""
     chosen = torch.tensor(margins, dtype=dtype).requires_grad_()
     zeros, ones = torch.zeros_like(chosen).detach(), torch.ones_like(chosen).detach()
-    return PairBatch(chosen, zeros, zeros, zeros, ones, ones, prob=ones, beta=beta, everyone=everyone)
+    return PairBatch(chosen, zeros, zeros, zeros, ones, ones, preference_prob=ones, beta=beta, global_margins=known)
 
 
-def everyone_of(margins, mean=0.0, std=1.0, first=0, noise=None):
+def known_of(margins, mean=0.0, std=1.0, offset=0, noise=None):
     noise = None if noise is None else torch.tensor(noise, dtype=F64)
-    return GlobalMargins(torch.tensor(margins, dtype=F64), first, mean, std, noise)
+    return GlobalMargins(torch.tensor(margins, dtype=F64), offset, mean, std, noise)
 
 
 # Numbers worked by hand
@@ -47,7 +41,7 @@ def everyone_of(margins, mean=0.0, std=1.0, first=0, noise=None):
 
 def test_the_beta_and_the_loss_worked_by_hand():
     # Process 1 of 2 holds 3 and 5 of the margins 0, 2, 3, 5; M₀ = 1.5, so β = .5 (1 + .4 (2.5 − 1.5)) = .7.
-    batch = batch_of([3.0, 5.0], everyone_of([0.0, 2.0, 3.0, 5.0], mean=1.5, first=2))
+    batch = batch_of([3.0, 5.0], known_of([0.0, 2.0, 3.0, 5.0], mean=1.5, offset=2))
     assert batch_beta(batch, alpha=0.4) == pytest.approx(0.7, abs=1e-12)
     losses = beta_dpo(batch, alpha=0.4)
     expected = torch.tensor([math.log1p(math.exp(-2.1)), math.log1p(math.exp(-3.5))], dtype=F64)
@@ -59,10 +53,10 @@ def test_the_beta_and_the_loss_worked_by_hand():
 def test_the_filter_worked_by_hand():
     # With M₀ = 0 and s = 1 the log-weights are 0, −2, −8, −.5; Gumbel noise of ½ is .3665 for each, of 1e-9 −3.0313.
     margins = [0.0, 2.0, 4.0, -1.0]
-    equal = everyone_of(margins, noise=[0.5] * 4)
+    equal = known_of(margins, noise=[0.5] * 4)
     assert kept_pairs(equal, 0.5).tolist() == [True, False, False, True]
-    assert kept_pairs(everyone_of(margins, noise=[1e-9, 0.5, 0.5, 0.5]), 0.5).tolist() == [False, True, False, True]
-    batch = batch_of(margins[2:], dataclasses.replace(equal, first=2))
+    assert kept_pairs(known_of(margins, noise=[1e-9, 0.5, 0.5, 0.5]), 0.5).tolist() == [False, True, False, True]
+    batch = batch_of(margins[2:], dataclasses.replace(equal, offset=2))
     assert batch_beta(batch, alpha=0.4, keep=0.5) == pytest.approx(0.5 * (1 + 0.4 * -0.5))
     losses = beta_dpo(batch, alpha=0.4, keep=0.5)
     expected = torch.tensor([0.0, 2 * math.log1p(math.exp(0.4))], dtype=F64)
@@ -89,12 +83,12 @@ margin_lists = st.lists(st.floats(-20, 20), min_size=2, max_size=6)
 @settings(max_examples=30, deadline=None)
 @given(st.lists(margin_lists, min_size=1, max_size=6), st.floats(0.01, 2.0), st.floats(0, 2.0))
 def test_a_loop_over_batches_written_from_the_paper(batches, beta, alpha):
-    state, moving = MovingMargin(seed=0), None
+    state, moving = MovingMargins(seed=0), None
     for margins in batches:
         mean = sum(margins) / len(margins)
         moving = mean if moving is None else moving
         expected_beta = max(beta * (1 + alpha * (mean - moving)), 1e-3)
-        batch = batch_of(margins, state(torch.tensor(margins, dtype=F64), first=0, training=True), beta)
+        batch = batch_of(margins, state.observe(torch.tensor(margins, dtype=F64), offset=0, training=True), beta)
         assert batch_beta(batch, alpha=alpha) == pytest.approx(expected_beta, rel=1e-9, abs=1e-12)
         for loss, u in zip(beta_dpo(batch, alpha=alpha).tolist(), margins, strict=True):
             t = expected_beta * u
@@ -106,17 +100,17 @@ def test_a_loop_over_batches_written_from_the_paper(batches, beta, alpha):
 @settings(max_examples=30, deadline=None)
 @given(margin_lists, st.floats(-5, 5), st.floats(-20, 20), st.floats(0, 2))
 def test_a_constant_on_every_margin_and_on_their_moving_mean_leaves_beta_alone(margins, moving, shift, alpha):
-    here = batch_beta(batch_of(margins, everyone_of(margins, moving)), alpha=alpha)
+    here = batch_beta(batch_of(margins, known_of(margins, moving)), alpha=alpha)
     shifted = [u + shift for u in margins]
-    there = batch_beta(batch_of(shifted, everyone_of(shifted, moving + shift)), alpha=alpha)
+    there = batch_beta(batch_of(shifted, known_of(shifted, moving + shift)), alpha=alpha)
     assert there == pytest.approx(here, abs=1e-9)
 
 
 def test_swapping_the_completions_mirrors_beta_about_its_start():
     margins = [1.0, -2.0, 4.0]
-    here = batch_beta(batch_of(margins, everyone_of(margins, 0.5)), alpha=0.3)
+    here = batch_beta(batch_of(margins, known_of(margins, 0.5)), alpha=0.3)
     swapped = [-u for u in margins]
-    there = batch_beta(batch_of(swapped, everyone_of(swapped, -0.5)), alpha=0.3)
+    there = batch_beta(batch_of(swapped, known_of(swapped, -0.5)), alpha=0.3)
     assert here - 0.5 == pytest.approx(0.5 - there) and here != there
 
 
@@ -124,7 +118,7 @@ def test_swapping_the_completions_mirrors_beta_about_its_start():
 def test_without_slope_or_without_a_deviation_it_is_dpo_to_the_bit(alpha):
     margins = [0.3, -1.7, 2.9] if alpha == 0.0 else [1.25, 1.25, 1.25]
     moving = 7.0 if alpha == 0.0 else 1.25
-    batch = batch_of(margins, everyone_of(margins, moving), dtype=torch.float32)
+    batch = batch_of(margins, known_of(margins, moving), dtype=torch.float32)
     dpo = logistic(batch.beta * batch.margin)
     for keep in (None, 1.0):
         ours = beta_dpo(batch, alpha=alpha, keep=keep)
@@ -134,7 +128,7 @@ def test_without_slope_or_without_a_deviation_it_is_dpo_to_the_bit(alpha):
 
 
 def test_the_clamp_is_at_a_thousandth():
-    batch = batch_of([-10.0, -30.0], everyone_of([-10.0, -30.0], mean=0.0))
+    batch = batch_of([-10.0, -30.0], known_of([-10.0, -30.0], mean=0.0))
     assert batch_beta(batch, alpha=0.6) == 1e-3  # unclamped: −5.5
     torch.testing.assert_close(beta_dpo(batch), logistic(1e-3 * batch.margin))
 
@@ -144,12 +138,12 @@ def test_the_clamp_is_at_a_thousandth():
 @pytest.mark.parametrize("keep", [None, 0.5])
 def test_extreme_margins_stay_finite_in_float32(margin, moving, keep):
     margins = [margin, 0.0, 1.0, -1e4]
-    batch = batch_of(margins, everyone_of(margins, moving, 1e-3, noise=[0.0, 0.5, 0.9, 0.1]), dtype=torch.float32)
+    batch = batch_of(margins, known_of(margins, moving, 1e-3, noise=[0.0, 0.5, 0.9, 0.1]), dtype=torch.float32)
     losses = beta_dpo(batch, keep=keep)
     (slopes,) = torch.autograd.grad(losses.sum(), batch.chosen_logps)
     assert losses.isfinite().all() and slopes.isfinite().all()
     if keep:
-        assert kept_pairs(batch.everyone, keep).sum() == 2
+        assert kept_pairs(batch.global_margins, keep).sum() == 2
 
 
 # The filter
@@ -184,10 +178,10 @@ def test_pairs_are_kept_with_the_probability_of_the_paper():
 def test_the_number_kept_is_the_integer_part_and_at_least_one(pairs_in_all, keep, count):
     noise = torch.rand(pairs_in_all, dtype=F64, generator=torch.Generator().manual_seed(1)).tolist()
     for std in (0.0, 1.0):
-        everyone = everyone_of(list(range(pairs_in_all)), std=std, noise=noise)
-        assert kept_pairs(everyone, keep).sum() == count
-        batch = batch_of(list(map(float, range(pairs_in_all))), everyone)
-        kept = kept_pairs(everyone, keep)
+        known = known_of(list(range(pairs_in_all)), std=std, noise=noise)
+        assert kept_pairs(known, keep).sum() == count
+        batch = batch_of(list(map(float, range(pairs_in_all))), known)
+        kept = kept_pairs(known, keep)
         expected = logistic(batch_beta(batch, keep=keep) * batch.margin)[kept].mean()
         torch.testing.assert_close(beta_dpo(batch, keep=keep).mean(), expected)
 
@@ -198,148 +192,55 @@ def test_the_noise_depends_on_seed_and_batch_and_leaves_torchs_generator_alone()
     before = torch.get_rng_state()
 
     def noises(seed, count=3):
-        state = MovingMargin(seed)
-        return [tuple(state(margins, 0, training=True).noise.tolist()) for _ in range(count)]
+        state = MovingMargins(seed)
+        return [tuple(state.observe(margins, 0, training=True).noise.tolist()) for _ in range(count)]
 
     assert noises(0) == noises(0)
     assert len({*noises(0), *noises(1), *noises(2**32)}) == 9
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# The trainer
+# The state
 
 
-def trained(classes, model, folder, **options):
-    trainer = build(*classes, model, folder, **{"loss_type": ["beta_dpo"], "kind": "reference", **options})
-    trainer.train()
-    return trainer
+def test_it_moves_once_per_step_over_all_that_it_has_seen_and_evaluation_changes_nothing():
+    state, (one, two) = MovingMargins(seed=0), torch.tensor([[1.0, 3.0], [5.0, 9.0]], dtype=F64)
+    assert state.observe(one, 0, training=False).moving_mean == 2.0 and state.state() == {"moving": None, "draws": 0}
+    assert [state.observe(margins, 0, training=True).moving_mean for margins in (one, two)] == [2.0, 2.0]
+    known = state.observe(two, 0, training=False)
+    assert (known.moving_mean, known.moving_std) == moving_statistics(one) and known.noise is None
+    state.step()
+    after = moving_statistics(torch.cat([one, two]), moving_statistics(one))
+    assert state.state() == {"moving": after, "draws": 2}
 
 
-def assert_equal_weights(ours, theirs):
-    for name, weight in weights(theirs).items():
-        assert torch.equal(weights(ours)[name], weight), name
+def test_a_state_that_went_through_a_checkpoint_goes_on_as_it_would_have():
+    margins = torch.tensor([1.0, 3.0, -2.0], dtype=F64)
+
+    def seen(state):
+        known = state.observe(margins, 0, training=True)
+        state.step()
+        return known.moving_mean, known.moving_std, known.noise.tolist()
+
+    straight = MovingMargins(seed=3)
+    seen(straight)
+    saved = json.loads(json.dumps(straight.state()))
+    resumed = MovingMargins(seed=3)
+    resumed.restore(saved)
+    assert seen(resumed) == seen(straight)
+    fresh = MovingMargins(seed=3)
+    fresh.restore(json.loads(json.dumps(MovingMargins(seed=3).state())))
+    assert seen(fresh) == seen(MovingMargins(seed=3))
 
 
-FILTER = {"loss_kwargs": {"beta_dpo": {"alpha": 0.1, "keep": 0.5}}}
-
-
-@pytest.mark.parametrize(
-    ("loss_type", "options"),
-    [("sigmoid", {}), ("sigmoid", {"kind": "lora"}), ("sigmoid_norm", {"logp_reduction": "mean"})],
-    ids=["sum", "LoRA", "mean"],
-)
-def test_without_slope_it_trains_as_sigmoid_does_bit_for_bit(tiny_model, tmp_path, loss_type, options):
-    shared = {"kind": options.get("kind", "reference"), "gradient_accumulation_steps": 2}
-    theirs = trained(TRLS, tiny_model, tmp_path, loss_type=[loss_type], **shared)
-    ours = trained(OURS, tiny_model, tmp_path, **{**shared, "loss_kwargs": {"beta_dpo": {"alpha": 0.0}}, **options})
-    assert_equal_weights(ours, theirs)
-    for our_entry, their_entry in zip(logged(ours), logged(theirs), strict=True):
-        assert {name: our_entry[name] for name in ("loss", "grad_norm", "rewards/margins")} == {
-            name: their_entry[name] for name in ("loss", "grad_norm", "rewards/margins")
-        }
-        assert our_entry["beta_dpo/beta"] == 0.1
-
-
-def test_a_slope_changes_the_run(tiny_model, tmp_path):
-    flat = trained(OURS, tiny_model, tmp_path, loss_kwargs={"beta_dpo": {"alpha": 0.0}})
-    steep = trained(OURS, tiny_model, tmp_path, loss_kwargs={"beta_dpo": {"alpha": 0.1}})
-    assert any(not torch.equal(weight, weights(flat)[name]) for name, weight in weights(steep).items())
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_beta_follows_the_logged_margins(tiny_model, tmp_path, reduction):
-    options = {"loss_kwargs": {"beta_dpo": {"alpha": 0.2}}, "max_steps": 6, "logp_reduction": reduction}
-    trainer = trained(OURS, tiny_model, tmp_path, **options)
-    moving, betas = None, []
-    unit = "_per_token" if reduction == "mean" else ""
-    names = ("beta_dpo/beta", "beta_dpo/moving_mean", "beta_dpo/clamped")
-    for chosen, rejected, beta, moving_mean, clamped in logged(
-        trainer, f"logratios/chosen{unit}", f"logratios/rejected{unit}", *names
-    ):
-        margin = chosen - rejected
-        moving = margin if moving is None else moving
-        assert moving_mean == pytest.approx(moving, rel=1e-4, abs=1e-5)
-        assert beta == pytest.approx(max(0.1 * (1 + 0.2 * (margin - moving)), 1e-3), rel=1e-4)
-        assert clamped == float(beta == 1e-3)
-        moving = 0.9 * moving + 0.1 * margin
-        betas.append(beta)
-    assert trainer._moving_margin.moving[0] == pytest.approx(moving, rel=1e-4)
-    assert betas[0] == 0.1 and len({*betas}) == 6
-
-
-def test_the_clamp_is_logged(tiny_model, tmp_path):
-    trainer = trained(OURS, tiny_model, tmp_path, loss_kwargs={"beta_dpo": {"alpha": 1e3}}, max_steps=6)
-    betas = [beta for (beta,) in logged(trainer, "beta_dpo/beta")]
-    assert [clamped for (clamped,) in logged(trainer, "beta_dpo/clamped")] == [float(beta == 1e-3) for beta in betas]
-    assert 1e-3 in betas and max(betas) > 0.1
-
-
-def test_it_moves_once_per_optimizer_step_over_all_its_micro_batches(tiny_model, tmp_path, monkeypatch):
-    windows, step = [], MovingMargin.step
-
-    def recorded(state):
-        windows.append((state.moving, state._window))
-        step(state)
-
-    monkeypatch.setattr(MovingMargin, "step", recorded)
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
-    trainer = trained(OURS, tiny_model, tmp_path, **options)
-    (first, one), (second, two) = windows
-    assert [len(margins) for margins in (*one, *two)] == [2] * 8
-    assert first == moving_statistics(one[0])
-    assert second == moving_statistics(torch.cat(one), first)
-    assert trainer._moving_margin.moving == moving_statistics(torch.cat(two), second)
-    assert trainer._moving_margin.draws == 8
-    means = [entry["beta_dpo/moving_mean"] for entry in logged(trainer)]
-    assert means == pytest.approx([first[0], second[0]])  # constant inside a step
-
-
-def test_evaluation_changes_nothing_and_keeps_every_pair(tiny_model, tmp_path):
-    trainer = trained(OURS, tiny_model, tmp_path, **FILTER)
-    state = trainer._moving_margin
-    before = (state.moving, state.draws, len(state._window))
-    rows = pairs(4)
-    metrics = trainer.evaluate(rows)
-    assert (state.moving, state.draws, len(state._window)) == before
-    assert metrics["eval_beta_dpo/moving_mean"] == before[0][0]
-    margin = metrics["eval_rewards/margins"] / 0.1
-    assert metrics["eval_beta_dpo/beta"] == pytest.approx(
-        max(0.1 * (1 + 0.1 * (margin - before[0][0])), 1e-3), rel=1e-4
-    )
-    fresh = build(*OURS, tiny_model, tmp_path, loss_type=["beta_dpo"], kind="reference", **FILTER)
-    theirs = build(*TRLS, tiny_model, tmp_path, loss_type=["sigmoid"], kind="reference")
-    assert fresh.evaluate(rows)["eval_loss"] == theirs.evaluate(rows)["eval_loss"]  # before training: β
-    assert fresh._moving_margin.moving is None
-
-
-@pytest.mark.parametrize("options", [{}, FILTER], ids=["", "a filter"])
-def test_an_interrupted_run_continues_bit_for_bit(tiny_model, tmp_path, options):
-    options = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, **options}
-    options = {"per_device_train_batch_size": 2, **options}
-    whole = trained(OURS, tiny_model, tmp_path / "out", **options)
-    checkpoint = tmp_path / "out" / "checkpoint-2"
-    saved = json.loads((checkpoint / "beta_dpo.json").read_text())
-    assert saved["draws"] == 4 and len(saved["moving"]) == 2
-    resumed = build(*OURS, tiny_model, tmp_path / "out", loss_type=["beta_dpo"], kind="reference", **options)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed.state.global_step == 4
-    assert resumed._moving_margin.moving == whole._moving_margin.moving
-    assert_equal_weights(resumed, whole)
-    # And the state matters: without it the run is another.
-    (checkpoint / "beta_dpo.json").unlink()
-    forgetful = build(*OURS, tiny_model, tmp_path / "out", loss_type=["beta_dpo"], kind="reference", **options)
-    with pytest.warns(UserWarning, match=r"checkpoint-2 holds no moving margin of beta_dpo; it starts at the next"):
-        forgetful.train(resume_from_checkpoint=str(checkpoint))
-    assert any(not torch.equal(weight, weights(whole)[name]) for name, weight in weights(forgetful).items())
-
-
-def test_the_seed_decides_what_the_filter_keeps(tiny_model, tmp_path):
-    shared = {**FILTER, "data_seed": 7, "max_steps": 3}
-    one, same, other = (trained(OURS, tiny_model, tmp_path, seed=seed, **shared) for seed in (1, 1, 2))
-    assert_equal_weights(one, same)
-    assert any(not torch.equal(weight, weights(one)[name]) for name, weight in weights(other).items())
-
-
-def test_other_losses_write_no_state(tiny_model, tmp_path):
-    trained(OURS, tiny_model, tmp_path, loss_type=["gpo_logistic"], max_steps=1, save_strategy="steps", save_steps=1)
-    assert not (tmp_path / "checkpoint-1" / "beta_dpo.json").exists()
+def test_the_metrics_are_of_the_loss_with_its_options():
+    margins = [0.0, 2.0, 3.0, 5.0]
+    batch = batch_of(margins, known_of(margins, mean=1.5, std=2.0))
+    assert MovingMargins(seed=0, alpha=0.4).metrics(batch) == {
+        "beta_dpo/beta": pytest.approx(0.7),
+        "beta_dpo/clamped": 0.0,
+        "beta_dpo/moving_mean": 1.5,
+        "beta_dpo/moving_std": 2.0,
+    }
+    clamped = MovingMargins(seed=0, alpha=0.6).metrics(batch_of([-10.0, -30.0], known_of([-10.0, -30.0])))
+    assert (clamped["beta_dpo/beta"], clamped["beta_dpo/clamped"]) == (1e-3, 1.0)

@@ -21,7 +21,7 @@ from kl_enumeration import (
     tensor,
 )
 
-from trl_ext.functional.kl import KL_ESTIMATORS, adapted_beta, k1, k2, k3, kl_in_loss
+from trl_ext.functional.kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
 
 F64 = torch.float64
 LOGPS = torch.tensor([-1.2, -2.5, -0.8, -0.3], dtype=F64)
@@ -258,7 +258,7 @@ def test_half_precision_is_computed_in_float32():
 
 
 @pytest.mark.parametrize(("measured", "expected"), [(0.2, 0.100512), (0.05, 0.099488), (-0.1, 0.099488), (0.1, 0.1)])
-def test_adapted_beta(measured, expected):
-    assert adapted_beta(0.1, measured, 0.1, 256) == pytest.approx(expected, abs=1e-6)
-    small = adapted_beta(0.1, 0.101, 0.1, 256)  # inside the clip: proportional
+def test_next_beta(measured, expected):
+    assert next_beta(0.1, measured, 0.1, 256) == pytest.approx(expected, abs=1e-6)
+    small = next_beta(0.1, 0.101, 0.1, 256)  # inside the clip: proportional
     assert small == pytest.approx(0.1 * (1 + 0.01 * 256 / 10_000), abs=1e-12)

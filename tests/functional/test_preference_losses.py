@@ -3,16 +3,17 @@
 import dataclasses
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext.functional.preference_losses import (
+from trl_ext.functional.preference import (
     MARGIN_LOSSES,
     PREFERENCE_LOSSES,
-    READS_REWARDS,
+    GlobalMargins,
     PairBatch,
     identity,
     psipo,
@@ -20,8 +21,8 @@ from trl_ext.functional.preference_losses import (
 )
 
 F64 = torch.float64
-ALL = sorted(PREFERENCE_LOSSES)
-SOFT = [name for name in ALL if name.startswith(("gpo_", "psipo_")) or name == "sppo"]
+ALL = sorted(name for name, row in PREFERENCE_LOSSES.items() if not row.psi)  # `psipo` has tests of its own
+SOFT = [name for name in ALL if PREFERENCE_LOSSES[name].prob]
 
 
 def batch_of(chosen, rejected, *, prob=1.0, beta=0.5, delta=None, lengths=(4, 8), dtype=F64, requires_grad=False):
@@ -38,7 +39,7 @@ def batch_of(chosen, rejected, *, prob=1.0, beta=0.5, delta=None, lengths=(4, 8)
         *references,
         chosen_lengths=full(chosen, lengths[0]),
         rejected_lengths=full(chosen, lengths[1]),
-        prob=torch.as_tensor(prob, dtype=dtype).expand_as(chosen),
+        preference_prob=torch.as_tensor(prob, dtype=dtype).expand_as(chosen),
         beta=beta,
         reward_margin=None if delta is None else torch.as_tensor(delta, dtype=dtype).expand_as(chosen),
     )
@@ -94,7 +95,7 @@ def numbers_batch(chosen_logp=-6.0, rejected_logp=-12.0, prob=0.7):
         tensor(-11.6),
         tensor(4.0),
         tensor(8.0),
-        prob=tensor(prob),
+        preference_prob=tensor(prob),
         beta=0.5,
         reward_margin=tensor(1.5),
     )
@@ -103,7 +104,7 @@ def numbers_batch(chosen_logp=-6.0, rejected_logp=-12.0, prob=0.7):
 @pytest.mark.parametrize(("name", "options", "mean", "prob", "value", "chosen", "rejected"), NUMBERS)
 def test_numbers_worked_by_hand(name, options, mean, prob, value, chosen, rejected):
     def loss(batch):
-        return PREFERENCE_LOSSES[name](batch.per_token() if mean else batch, **options)
+        return PREFERENCE_LOSSES[name].function(batch.per_token() if mean else batch, **options)
 
     actual = torch.cat(value_and_gradients(loss, numbers_batch(prob=prob)))
     torch.testing.assert_close(actual, torch.tensor([value, chosen, rejected], dtype=F64), atol=6e-7, rtol=0)
@@ -112,7 +113,7 @@ def test_numbers_worked_by_hand(name, options, mean, prob, value, chosen, reject
 @pytest.mark.parametrize(("lam", "value"), [(50.0, 7.200746), (5.0, 0.943249)])
 def test_dpop_penalises_a_chosen_completion_that_falls(lam, value):
     batch = numbers_batch(chosen_logp=-7.1, rejected_logp=-12.5)
-    assert PREFERENCE_LOSSES["dpop"](batch, lam=lam).item() == pytest.approx(value, abs=6e-7)
+    assert PREFERENCE_LOSSES["dpop"].function(batch, lam=lam).item() == pytest.approx(value, abs=6e-7)
 
 
 def test_every_entry_has_a_number_a_slope_and_a_loop():
@@ -175,7 +176,7 @@ def test_loops_from_the_papers(name, chosen, rejected, prob, beta, delta):
     expected = LOOPS[name](
         chosen, rejected, prob, beta, delta=delta, n_w=3, n_r=7, logp_w=chosen - 6.75, logp_r=rejected - 11.5
     )
-    assert PREFERENCE_LOSSES[name](batch).item() == pytest.approx(expected, rel=1e-7, abs=1e-8)
+    assert PREFERENCE_LOSSES[name].function(batch).item() == pytest.approx(expected, rel=1e-7, abs=1e-8)
 
 
 # Laws
@@ -185,9 +186,11 @@ def test_loops_from_the_papers(name, chosen, rejected, prob, beta, delta):
 @settings(max_examples=40, deadline=None)
 @given(log_ratios, log_ratios, st.floats(0.02, 0.98))
 def test_swapping_the_completions_and_the_probability_changes_nothing(name, chosen, rejected, prob):
-    one = value_and_gradients(PREFERENCE_LOSSES[name], batch_of(chosen, rejected, prob=prob, requires_grad=True))
+    one = value_and_gradients(
+        PREFERENCE_LOSSES[name].function, batch_of(chosen, rejected, prob=prob, requires_grad=True)
+    )
     other = batch_of(rejected, chosen, prob=1 - prob, requires_grad=True)
-    swapped = value_and_gradients(PREFERENCE_LOSSES[name], other)
+    swapped = value_and_gradients(PREFERENCE_LOSSES[name].function, other)
     for a, b in zip(one, (swapped[0], swapped[2], swapped[1]), strict=True):
         torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-9)
 
@@ -223,7 +226,7 @@ def test_slope_at_the_reference(name, prob):
     if name == "psipo_logit" and prob == 1.0:
         pytest.skip("infinite")
     batch = batch_of(0.0, 0.0, prob=prob, beta=0.3, delta=1.2, requires_grad=True)
-    _, chosen, _ = value_and_gradients(PREFERENCE_LOSSES[name], batch)
+    _, chosen, _ = value_and_gradients(PREFERENCE_LOSSES[name].function, batch)
     assert chosen.item() == pytest.approx(SLOPES[name](prob, 0.3, delta=1.2, n_w=4, n_r=8), abs=1e-9)
     if prob == 0.5 and name in SOFT and name != "sppo":
         assert chosen.item() == 0.0
@@ -240,7 +243,7 @@ def test_extreme_log_ratios_stay_finite_in_float32(name, beta, prob):
                 batch = batch_of(
                     chosen, rejected, prob=prob, beta=beta, delta=delta, dtype=torch.float32, requires_grad=True
                 )
-                for tensor in value_and_gradients(PREFERENCE_LOSSES[name], batch):
+                for tensor in value_and_gradients(PREFERENCE_LOSSES[name].function, batch):
                     assert tensor.isfinite().all(), (chosen, rejected, delta)
 
 
@@ -291,7 +294,7 @@ def test_the_tangent_of_the_exponential_begins_at_twenty():
 
 
 def test_ipo_by_mixture_and_by_target_differ_by_a_constant():
-    ipo, tau = PREFERENCE_LOSSES["psipo_identity"], 0.3
+    ipo, tau = PREFERENCE_LOSSES["psipo_identity"].function, 0.3
     for prob in (0.2, 0.5, 0.9):
         batch = batch_of([0.7, -3.0], [0.1, 2.0], prob=prob, beta=tau, requires_grad=True)
         hard = [batch_of([0.7, -3.0], [0.1, 2.0], beta=tau), batch_of([0.1, 2.0], [0.7, -3.0], beta=tau)]
@@ -302,14 +305,14 @@ def test_ipo_by_mixture_and_by_target_differ_by_a_constant():
 
 def test_gpo_squared_is_ipo_at_half_the_beta():
     chosen, rejected = torch.randn(2, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
-    ours = PREFERENCE_LOSSES["gpo_squared"](batch_of(chosen, rejected, beta=0.6))
-    ipo = PREFERENCE_LOSSES["psipo_identity"](batch_of(chosen, rejected, beta=0.3))
+    ours = PREFERENCE_LOSSES["gpo_squared"].function(batch_of(chosen, rejected, beta=0.6))
+    ipo = PREFERENCE_LOSSES["psipo_identity"].function(batch_of(chosen, rejected, beta=0.3))
     torch.testing.assert_close(ours, 4 * 0.3**2 * ipo)
 
 
 @pytest.mark.parametrize("length", [1, 5, 40])
 def test_the_mean_of_equal_lengths_needs_tau_times_the_length(length):
-    ipo, tau = PREFERENCE_LOSSES["psipo_identity"], 2.0
+    ipo, tau = PREFERENCE_LOSSES["psipo_identity"].function, 2.0
     args = {"chosen": [3.0, -7.0], "rejected": [1.0, 2.0], "lengths": (length, length)}
     mean = ipo(batch_of(**args, beta=tau).per_token())
     torch.testing.assert_close(mean, ipo(batch_of(**args, beta=tau / length)) / length**2)
@@ -319,14 +322,14 @@ def test_reward_aware_losses_are_soft_labels_in_disguise():
     delta, beta = torch.tensor([1.5, -0.3], dtype=F64), 0.4
     batch = batch_of([0.7, -3.0], [0.1, 2.0], prob=delta.sigmoid(), beta=beta, delta=delta)
     entropy = torch.distributions.Bernoulli(delta.sigmoid()).entropy()
-    losses = PREFERENCE_LOSSES
+    losses = {name: row.function for name, row in PREFERENCE_LOSSES.items()}
     torch.testing.assert_close(losses["rpo_bwd_kl"](batch), losses["gpo_logistic"](batch) - entropy)
     torch.testing.assert_close(losses["rpo_sq"](batch), beta**2 * losses["psipo_logit"](batch))
 
 
 def test_options_of_zero_are_dpo():
     batch = batch_of([-0.7, 3.0], [0.1, 2.0], delta=0.0)
-    dpo = PREFERENCE_LOSSES["gpo_logistic"](batch)
+    dpo = PREFERENCE_LOSSES["gpo_logistic"].function(batch)
     for name, options in {
         "dpop": {"lam": 0.0},
         "length_dpo": {"alpha": 0.0},
@@ -334,7 +337,7 @@ def test_options_of_zero_are_dpo():
         "beta_dpo": {"alpha": 0.0},
         "margin_dpo": {},
     }.items():
-        torch.testing.assert_close(PREFERENCE_LOSSES[name](batch, **options), dpo, atol=0, rtol=0)
+        torch.testing.assert_close(PREFERENCE_LOSSES[name].function(batch, **options), dpo, atol=0, rtol=0)
 
 
 def test_any_per_completion_utility_is_exact_as_a_reward():
@@ -344,41 +347,43 @@ def test_any_per_completion_utility_is_exact_as_a_reward():
     first, second = (index.flatten() for index in torch.meshgrid(*[torch.arange(6)] * 2, indexing="ij"))
 
     def with_scores(batch):
-        return PREFERENCE_LOSSES["rpo_sq"](dataclasses.replace(batch, reward_margin=utility[first] - utility[second]))
+        return PREFERENCE_LOSSES["rpo_sq"].function(
+            dataclasses.replace(batch, reward_margin=utility[first] - utility[second])
+        )
 
     policy = optimum(with_scores, **problem)
     torch.testing.assert_close(policy, closed_form(torch.square, **problem), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(READS_REWARDS))
+@pytest.mark.parametrize("name", [name for name in ALL if PREFERENCE_LOSSES[name].scores])
 def test_a_missing_reward_is_refused(name):
     with pytest.raises(ValueError, match="the pairs have no reward_margin"):
-        PREFERENCE_LOSSES[name](batch_of(0.0, 0.0))
+        PREFERENCE_LOSSES[name].function(batch_of(0.0, 0.0))
 
 
 def test_any_psi_acts_through_its_antisymmetric_part():
     batch = batch_of([0.7, -3.0, 1.0], [0.1, 2.0, 1.0], prob=[0.2, 0.9, 1.0])
-    torch.testing.assert_close(psipo(torch.square, batch), psipo(identity, batch))
+    torch.testing.assert_close(psipo(batch, psi=torch.square), psipo(batch, psi=identity))
 
 
 @pytest.mark.parametrize("prob", [0.0, 1.0])
 def test_an_infinite_psi_refuses_hard_labels_and_says_why(prob):
     batch = batch_of([1.0, 1.0], [0.0, 0.0], prob=[0.3, prob])
     with pytest.raises(ValueError, match=f"probability of {prob:g}.*a finite Ψ collapses to IPO and an infinite one"):
-        PREFERENCE_LOSSES["psipo_logit"](batch)
+        PREFERENCE_LOSSES["psipo_logit"].function(batch)
     with pytest.raises(ValueError, match="Ψ is infinite"):
-        psipo(torch.log, batch)
-    clamped = PREFERENCE_LOSSES["psipo_logit"](batch, eps=0.1)
+        psipo(batch, psi=torch.log)
+    clamped = PREFERENCE_LOSSES["psipo_logit"].function(batch, eps=0.1)
     soft = batch_of([1.0, 1.0], [0.0, 0.0], prob=[0.3, min(max(prob, 0.1), 0.9)])
-    torch.testing.assert_close(clamped, PREFERENCE_LOSSES["psipo_logit"](soft))
+    torch.testing.assert_close(clamped, PREFERENCE_LOSSES["psipo_logit"].function(soft))
     with pytest.raises(ValueError, match="eps must be between 0 and"):
-        PREFERENCE_LOSSES["psipo_logit"](batch, eps=0.5)
+        PREFERENCE_LOSSES["psipo_logit"].function(batch, eps=0.5)
 
 
 def test_the_target_of_hard_labels_is_one_over_two_tau_not_tau_over_two():
-    assert psipo_target(identity, batch_of(0.0, 0.0, beta=0.1)).item() == pytest.approx(5.0)
+    assert psipo_target(batch_of(0.0, 0.0, beta=0.1), psi=identity).item() == pytest.approx(5.0)
     near_one = batch_of(0.0, 0.0, prob=1 - 1e-6, beta=0.1)
-    assert psipo_target(torch.logit, near_one).item() == pytest.approx(138.155, abs=1e-3)
+    assert psipo_target(near_one, psi=torch.logit).item() == pytest.approx(138.155, abs=1e-3)
 
 
 def test_sums_and_means_differ_in_logps_and_ratios_alike():
@@ -386,15 +391,62 @@ def test_sums_and_means_differ_in_logps_and_ratios_alike():
     mean = batch.per_token()
     torch.testing.assert_close(mean.chosen_logps, batch.chosen_logps / 4)
     torch.testing.assert_close(mean.margin, torch.tensor([0.5 + 0.375], dtype=F64))
-    torch.testing.assert_close(mean.chosen, mean.chosen_logps - mean.ref_chosen_logps)
+    torch.testing.assert_close(mean.chosen_logratios, mean.chosen_logps - mean.ref_chosen_logps)
     assert batch.margin.item() == 5.0  # unchanged
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_options_are_keywords_and_have_defaults(name):
-    first, *rest = inspect.signature(PREFERENCE_LOSSES[name]).parameters.values()
+    first, *rest = inspect.signature(PREFERENCE_LOSSES[name].function).parameters.values()
     assert first.name == "batch"
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in rest)
+
+
+def test_pairs_of_different_shapes_are_refused_by_the_name_of_the_field():
+    pairs = batch_of([1.0, 2.0], 0.0)
+    for name, value in {
+        "preference_prob": torch.ones(1),
+        "reward_margin": torch.ones(2, 1),
+        "rejected_lengths": torch.ones(3),
+        "chosen_logratios": torch.ones(()),
+    }.items():
+        with pytest.raises(ValueError, match=rf"PairBatch.{name} has shape .*; expected one number per pair, \(2,\)"):
+            dataclasses.replace(pairs, **{name: value})
+    with pytest.raises(ValueError, match=r"PairBatch.chosen_logps has shape \(\); expected one number per pair"):
+        dataclasses.replace(pairs, chosen_logps=torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"PairBatch.chosen_logps has shape \(2, 1\)"):
+        dataclasses.replace(pairs, chosen_logps=torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"GlobalMargins.margins has shape \(2, 1\); expected \(N,\)"):
+        GlobalMargins(torch.ones(2, 1), 0, 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"GlobalMargins.noise has shape \(3,\); expected that of margins, \(2,\)"):
+        GlobalMargins(torch.ones(2), 0, 0.0, 1.0, torch.ones(3))
+
+
+@pytest.mark.parametrize("psi", [lambda p: 0.5, lambda p: p.sum()], ids=["a number", "a scalar"])
+def test_a_psi_that_returns_something_else_is_refused(psi):
+    with pytest.raises(ValueError, match="Ψ must map a tensor of probabilities"):
+        psipo(batch_of([1.0, 2.0], 0.0, prob=0.7), psi=psi)
+
+
+@pytest.mark.parametrize("name", sorted(PREFERENCE_LOSSES))
+def test_the_facts_of_a_row_are_those_of_its_function(name):
+    row = PREFERENCE_LOSSES[name]
+    function = partial(row.function, psi=identity) if row.psi else row.function
+    pairs = {"delta": 1.5, "prob": 0.7, "lengths": (4, 8)}
+    batch = batch_of([0.7, -1.0], [0.1, 2.0], **pairs)
+    value = function(batch)
+
+    def changes(**fields):
+        return not torch.equal(function(dataclasses.replace(batch, **fields)), value)
+
+    assert changes(preference_prob=batch.preference_prob - 0.2) == row.prob
+    assert changes(reward_margin=batch.reward_margin + 1) == row.scores
+    assert changes(chosen_logratios=batch.chosen_logratios + 0.3) == row.reference
+    assert bool(row.method) == bool(row.paper)
+    if row.target is not None:
+        target = row.target(batch, **({"psi": identity} if row.psi else {}))
+        at_target = dataclasses.replace(batch, chosen_logratios=batch.rejected_logratios + target)
+        torch.testing.assert_close(function(at_target), torch.zeros(2, dtype=F64), atol=1e-12, rtol=0)
 
 
 # Policies they lead to: three completions, every pair (i, j) with probability μ_i μ_j, p(i ≻ j) known
@@ -415,7 +467,9 @@ def optimum(loss, table=P, mu=MU, reference=REFERENCE, tau=0.5, hard=False):
     def mean_loss(w, r, prob):
         logps = logits.log_softmax(0)
         ones = torch.ones(len(w), dtype=F64)
-        return loss(PairBatch(logps[w], logps[r], reference[w], reference[r], ones, ones, prob=prob, beta=tau))
+        return loss(
+            PairBatch(logps[w], logps[r], reference[w], reference[r], ones, ones, preference_prob=prob, beta=tau)
+        )
 
     def closure():
         optimizer.zero_grad()
@@ -441,14 +495,14 @@ def closed_form(psi, table=P, mu=MU, reference=REFERENCE, tau=0.5):
 @pytest.mark.parametrize("hard", [False, True])
 def test_ipo_reaches_the_printed_policy_from_soft_and_from_sampled_labels(hard):
     expected = torch.tensor([0.528869, 0.223797, 0.247334], dtype=F64)
-    policy = optimum(PREFERENCE_LOSSES["psipo_identity"], hard=hard)
+    policy = optimum(PREFERENCE_LOSSES["psipo_identity"].function, hard=hard)
     torch.testing.assert_close(policy, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(closed_form(identity), expected, atol=1e-6, rtol=0)
 
 
 def test_logit_reaches_the_printed_policy():
     expected = torch.tensor([0.840898, 0.113648, 0.045454], dtype=F64)
-    torch.testing.assert_close(optimum(PREFERENCE_LOSSES["psipo_logit"]), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(optimum(PREFERENCE_LOSSES["psipo_logit"].function), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(closed_form(torch.logit), expected, atol=1e-6, rtol=0)
 
 
@@ -465,14 +519,14 @@ def intransitive(actions=6, seed=3):
 @pytest.mark.parametrize("psi", [identity, torch.logit, lambda p: torch.sin(3 * (p - 0.5))], ids=["p", "logit", "sin"])
 def test_an_antisymmetric_psi_reaches_its_closed_form_with_intransitive_preferences(psi):
     problem = intransitive()
-    policy = optimum(lambda batch: psipo(psi, batch), **problem)
+    policy = optimum(lambda batch: psipo(batch, psi=psi), **problem)
     torch.testing.assert_close(policy, closed_form(psi, **problem), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("psi", [torch.square, torch.log, lambda p: -torch.log(1 - p)], ids=["square", "log", "-log"])
 def test_another_psi_misses_its_closed_form(psi):
     problem = intransitive()
-    policy = optimum(lambda batch: psipo(psi, batch), **problem)
+    policy = optimum(lambda batch: psipo(batch, psi=psi), **problem)
     assert (policy - closed_form(psi, **problem)).abs().max() > 0.01
 
 
@@ -480,14 +534,14 @@ def test_the_squared_margin_loss_is_exact_and_the_logistic_is_not():
     problem = intransitive()
     squared = {**problem, "tau": 2 * problem["tau"]}  # β = 2τ
     exact = closed_form(identity, **problem)
-    torch.testing.assert_close(optimum(PREFERENCE_LOSSES["gpo_squared"], **squared), exact, atol=1e-6, rtol=0)
-    off = optimum(PREFERENCE_LOSSES["gpo_logistic"], **problem) - closed_form(torch.logit, **problem)
+    torch.testing.assert_close(optimum(PREFERENCE_LOSSES["gpo_squared"].function, **squared), exact, atol=1e-6, rtol=0)
+    off = optimum(PREFERENCE_LOSSES["gpo_logistic"].function, **problem) - closed_form(torch.logit, **problem)
     assert off.abs().max() > 0.005
 
 
 def test_deterministic_preferences_leave_ipo_near_the_reference_and_let_dpo_collapse():
     table = torch.tensor([[0.5, 1.0, 1.0], [0.0, 0.5, 1.0], [0.0, 0.0, 0.5]], dtype=F64)
-    policy = optimum(PREFERENCE_LOSSES["psipo_identity"], table=table)
+    policy = optimum(PREFERENCE_LOSSES["psipo_identity"].function, table=table)
     expected = torch.tensor([0.668600, 0.182215, 0.149185], dtype=F64)
     torch.testing.assert_close(policy, expected, atol=1e-6, rtol=0)
-    assert optimum(PREFERENCE_LOSSES["gpo_logistic"], table=table)[2] < 1e-6
+    assert optimum(PREFERENCE_LOSSES["gpo_logistic"].function, table=table)[2] < 1e-6

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS, PER_TOKEN
 from trl_ext.functional.kl import KL_ESTIMATORS, kl_in_loss
-from trl_ext.functional.preference_losses import MARGIN_TARGETS, PREFERENCE_LOSSES, PairBatch
+from trl_ext.functional.preference import PREFERENCE_LOSSES, PairBatch
 from trl_ext.functional.process_rewards import process_group_relative, reward_at_steps
 from trl_ext.functional.reductions import nearly_equal, reward_at_end, reward_to_go, weighted_mean, whiten
 
@@ -261,7 +261,7 @@ def pair_batches(draw):
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("name", [name for name, row in PREFERENCE_LOSSES.items() if not row.psi])
 @some
 @given(given_pairs=pair_batches())
 def test_no_pair_makes_a_preference_loss_nan(name, mean, given_pairs):
@@ -272,7 +272,7 @@ def test_no_pair_makes_a_preference_loss_nan(name, mean, given_pairs):
     def losses(rows, *logps):
         rest = [x[rows] for x in tensors[len(logps) :]]
         batch = PairBatch(*(x[rows] for x in logps), *rest, beta=beta, reward_margin=delta[rows])
-        return PREFERENCE_LOSSES[name](batch.per_token() if mean else batch, **options)
+        return PREFERENCE_LOSSES[name].function(batch.per_token() if mean else batch, **options)
 
     rows = torch.arange(len(delta))
     policy = [x.clone().requires_grad_() for x in tensors[:2]]
@@ -283,7 +283,7 @@ def test_no_pair_makes_a_preference_loss_nan(name, mean, given_pairs):
     assert same(losses(rows.flip(0), *tensors[:2]).flip(0), value.detach()), "each pair for itself"
     if max(x.double().abs().max() for x in (*tensors[:4], delta)) <= 1e4:
         assert value.isfinite().all()
-    if name in MARGIN_TARGETS:
+    if (target := PREFERENCE_LOSSES[name].target) is not None:
         batch = PairBatch(*tensors, beta=beta, reward_margin=delta)
-        assert MARGIN_TARGETS[name](batch, **options).isfinite().all()
+        assert target(batch, **options).isfinite().all()
     assert all(same(a, b) for a, b in zip(tensors, before, strict=True))

@@ -4,7 +4,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_ext.functional.reductions import nearly_equal, reward_at_end, reward_to_go, weighted_mean, whiten
+from trl_ext.functional.reductions import (
+    is_constant,
+    reward_to_go,
+    weighted_mean,
+    weighted_std,
+    whiten,
+)
 
 
 def close(actual, expected, **tolerance):
@@ -49,13 +55,6 @@ def test_reward_to_go_refuses_an_unknown_discount():
         reward_to_go(LAST, MASK, discount="some")
 
 
-def test_reward_at_end_finds_the_last_trainable_token():
-    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
-    rewards, scored = reward_at_end(torch.tensor([0.0, 2.0, 3.0, float("nan")]), mask)
-    close(rewards, [[0, 0, 0, 0], [0, 0, 2, 0], [3, 0, 0, 0], [0, 0, 0, 0]])
-    assert scored.nonzero().tolist() == [[0, 1], [1, 2], [2, 0]]  # a reward of 0 is a reward, NaN is none
-
-
 def test_whiten_keeps_a_small_variance_beside_a_large_mean():
     values = 1000 + torch.tensor([0.005, -0.005] * 50, dtype=torch.float64)
     whitened = whiten(values, torch.ones(100))
@@ -67,6 +66,18 @@ def test_whiten_of_one_value_is_zero_with_either_correction():
         close(whiten(torch.tensor([3.0]), torch.ones(1), correction), [0.0])
 
 
+@pytest.mark.parametrize("correction", [0, 1])
+def test_weighted_std_is_what_whiten_divides_by(correction):
+    values, weights = [3.0, 5.0, -2.0, 0.5], [1.0, 0.25, 0.0, 2.0]
+    mean = sum(w * x for w, x in zip(weights, values, strict=True)) / 3.25
+    square = sum(w * (x - mean) ** 2 for w, x in zip(weights, values, strict=True)) / (3.25 - correction)
+    values, weights = torch.tensor(values, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
+    std = weighted_std(values, weights, correction)
+    close(std, (square + 1e-8) ** 0.5, atol=1e-12, rtol=0)
+    close(whiten(values, weights, correction) * std, values - mean, atol=1e-12, rtol=0)
+    assert weighted_std(values.half(), weights, correction).dtype == torch.float64
+
+
 def test_weighted_mean_without_weight_is_zero():
     close(weighted_mean(torch.tensor([3.0, 4.0]), torch.zeros(2)), 0.0)
 
@@ -75,12 +86,12 @@ def test_weighted_mean_without_weight_is_zero():
     ("values", "expected"),
     [([1.0, 1.0], True), ([1.0, 1.0 + 1e-5], False), ([1e4, 1e4 + 1e-3], True), ([5.0, 7.0], False)],
 )
-def test_nearly_equal_is_relative_to_the_size(values, expected):
+def test_is_constant_is_relative_to_the_size(values, expected):
     values = torch.tensor(values, dtype=torch.float64)
-    assert nearly_equal(values, torch.ones(2, dtype=torch.bool), dim=0).item() is expected
+    assert is_constant(values, torch.ones(2, dtype=torch.bool), dim=0).item() is expected
 
 
-def test_nearly_equal_looks_at_the_selected_entries_only():
+def test_is_constant_looks_at_the_selected_entries_only():
     where = torch.tensor([True, False, True])
-    assert nearly_equal(torch.tensor([1.0, float("nan"), 1.0]), where, dim=0)
-    assert nearly_equal(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.bool), dim=0)
+    assert is_constant(torch.tensor([1.0, float("nan"), 1.0]), where, dim=0)
+    assert is_constant(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.bool), dim=0)

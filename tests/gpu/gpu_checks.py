@@ -17,12 +17,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
-from trl_ext.trainers.grpo.step_rewards import ESTIMATORS
 
+from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.functional.kl import KL_ESTIMATORS, kl_in_loss
+from trl_ext.functional.rewards import RewardBatch
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
-from trl_ext.trainers.grpo.kl import Head, exact_kl
+from trl_ext.trainers.grpo.exact_kl import Head, exact_kl
 
 
 class Size(NamedTuple):
@@ -249,8 +250,9 @@ def check_exact_kl(size: Size, device: str, dtype: torch.dtype) -> None:
         assert error < tolerance, error
 
 
-def _advantages(estimator, rewards, scored, mask, *_):
-    return estimator(rewards, scored, mask, 4)
+def _advantages(row, rewards, scored, mask, *_):
+    steps = {"steps": rewards, "steps_scored": scored} if row.steps == "needed" else {}
+    return row.function(RewardBatch(rewards, scored, mask, 4, **steps))
 
 
 def _penalty(estimator, rewards, scored, mask, *logps):
@@ -263,7 +265,7 @@ def check_functional(device: str) -> None:
     rewards, mask = torch.randn(8, 20, generator=rng), (torch.rand(8, 20, generator=rng) < 0.8).long()
     scored = torch.rand(8, 20, generator=rng) < 0.3
     logps = [-torch.rand(8, 20, generator=rng) for _ in range(3)]
-    functions: dict = {name: partial(_advantages, estimator) for name, estimator in ESTIMATORS.items()}
+    functions: dict = {name: partial(_advantages, row) for name, row in ADVANTAGE_ESTIMATORS.items()}
     functions |= {f"kl {name}": partial(_penalty, estimator) for name, estimator in KL_ESTIMATORS.items()}
     for name, function in functions.items():
         inputs = [rewards.where(scored, 0.0), scored, mask, *logps]

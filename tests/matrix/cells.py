@@ -65,10 +65,6 @@ class RecordingGRPO(GRPOTrainer):
             self._record(output)
         return output
 
-    def _kl_of_sampler(self, output, mask):
-        self._record(output)
-        return super()._kl_of_sampler(output, mask)
-
     def _record(self, output):
         ids, mask = (
             torch.cat([output[f"prompt_{name}"], output[f"completion_{name}"]], 1) for name in ("ids", "mask")

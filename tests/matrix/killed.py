@@ -13,7 +13,7 @@ from pathlib import Path
 import tiny
 import transformers
 
-import trl_ext.trainers.grpo
+from trl_ext.trainers import interruptions
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 
 OPTIONS = {
@@ -55,7 +55,7 @@ def second(function, then=None):
 
 
 def before_the_controller(trainer):
-    trl_ext.trainers.grpo.trainer.begin_checkpoint = second(trl_ext.trainers.grpo.trainer.begin_checkpoint)
+    interruptions.begin_checkpoint = second(interruptions.begin_checkpoint)
 
 
 def after_the_controller(trainer):

@@ -237,9 +237,8 @@ def test_a_checkpoint_that_is_written_over_is_not_whole_before_its_end(tiny_mode
 
 def test_with_nothing_switched_on_checkpoints_are_upstreams(tiny_model, tmp_path, monkeypatch):
     refuse = lambda *args: pytest.fail("ours was asked")  # noqa: E731
-    for module in ("grpo", "dpo"):
-        for name in ("begin_checkpoint", "whole_checkpoint"):
-            monkeypatch.setattr(f"trl_ext.trainers.{module}.{name}", refuse)
+    for name in ("begin_checkpoint", "whole_checkpoint", "keeping_dtypes"):
+        monkeypatch.setattr(f"trl_ext.trainers.interruptions.{name}", refuse)
     options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     tiny.train(*OURS, tiny_model, tmp_path / "grpo", **options)
     tiny_dpo.build(DPOTrainer, DPOConfig, tiny_model, tmp_path / "dpo", **options).train()
@@ -252,7 +251,10 @@ def test_what_is_ours_is_written_before_what_makes_a_checkpoint_whole(tiny_model
     dpo = tiny_dpo.build(
         DPOTrainer, DPOConfig, tiny_model, tmp_path / "dpo", save_strategy="steps", save_steps=1, **loss
     )
-    for trainer, file in ((grpo, "grpo/checkpoint-1/kl_controller.json"), (dpo, "dpo/checkpoint-1/beta_dpo.json")):
+    for trainer, file in (
+        (grpo, "grpo/checkpoint-1/trl_ext_state.json"),
+        (dpo, "dpo/checkpoint-1/trl_ext_state.json"),
+    ):
         monkeypatch.setattr(trainer, "save_model", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             trainer.train()

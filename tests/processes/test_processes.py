@@ -30,7 +30,7 @@ def test_two_processes_equal_one(one_and_two, case):
     assert two[0]["table"] == pytest.approx(one["table"], abs=1e-6)
     for ours, theirs in zip(two[0]["log"], one["log"], strict=True):
         assert ours.keys() == theirs.keys()
-        names = {"reward", "advantages/mean", "advantages/std", "advantages/frac_zero_variance_groups"}
+        names = {"reward", "advantages/mean", "advantages/std", "advantages/frac_groups_zero_std"}
         names |= {"kl", "kl/k3", "kl/beta", *(name for name in ours if name.startswith("process/"))}
         for name in names:
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-6), name

@@ -35,7 +35,7 @@ CASES |= {
     "IPO with probabilities and weights": {
         "loss_type": ["psipo_identity"],
         "preference_prob_column": "p",
-        "sample_weight_column": "w",
+        "pair_weight_column": "w",
     },
     "scores and a logit, mixed": {
         "loss_type": ["rpo_bwd_kl", "psipo_logit", "sigmoid"],  # not sft: TRL's mean over the tokens of a process
@@ -44,7 +44,7 @@ CASES |= {
         "preference_prob_column": "p",
         **REWARDS,
     },
-    "precompute": {"loss_type": ["gpo_squared"], "precompute_ref_log_probs": True, "sample_weight_column": "w"},
+    "precompute": {"loss_type": ["gpo_squared"], "precompute_ref_log_probs": True, "pair_weight_column": "w"},
     "LoRA": {"loss_type": ["dpop"], "kind": "lora", "loss_kwargs": {"dpop": {"lam": 2.0}}},
     "no reference": {"loss_type": ["simpo"]},
     "a beta of the batch": {"loss_type": ["beta_dpo"]},

@@ -1,9 +1,13 @@
 """
-Every private place of TRL that the package leans on, one test each. A failure here names what moved in TRL; the
-feature tests then need not be read.
+Every part of TRL that trl_ext depends on beyond its public interface, one test each. A failure here names what has
+changed in TRL; the feature tests then need not be read.
 """
 
+import ast
+import importlib
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +17,103 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 import trl_ext
+from trl_ext import cli, upstream
+from trl_ext.functional.preference import PREFERENCE_LOSSES
+from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
+from trl_ext.trainers.dpo.losses import TRL_LOSSES
 from trl_ext.trainers.grpo import GRPOConfig
-from trl_ext.trainers.grpo.kl import lm_head
-from trl_ext.upstream import CHECKS
+from trl_ext.trainers.grpo import GRPOTrainer as OurGRPOTrainer
+from trl_ext.trainers.grpo.exact_kl import lm_head
+from trl_ext.upstream import CHECKS, PARAMETERS, UpstreamChanged
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
 
 
-@pytest.mark.parametrize("place", CHECKS)
-def test_a_private_place_is_where_it_was(place):
-    CHECKS[place]()
+@pytest.mark.parametrize("part", CHECKS)
+def test_a_part_of_trl_is_as_expected(part):
+    CHECKS[part]()
+
+
+PACKAGE = Path(trl_ext.__file__).parent
+OF_TRL = ("trl", "transformers")
+
+
+def package_of(thing):
+    return thing.__module__.partition(".")[0]
+
+
+def overridden(ours):
+    """Names of functions of TRL or transformers that a class of ours replaces, without `__init__` and its like."""
+    theirs = [c for c in ours.__mro__ if package_of(c) in OF_TRL]
+    for name in {name for c in ours.__mro__ if package_of(c) == "trl_ext" for name in vars(c)}:
+        held = next((vars(c)[name] for c in theirs if name in vars(c)), None)
+        if inspect.isfunction(held) and not name.startswith("__"):
+            yield name
+
+
+def path_of(thing):
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, GRPOConfig, DPOConfig, cli._parser_class()])
+def test_every_overridden_method_is_listed(ours):
+    parent = upstream.trl_class(ours)
+    for name in overridden(ours):
+        assert f"{path_of(parent)}.{name}" in PARAMETERS, name
+
+
+def test_an_overridden_method_that_is_not_listed_is_found():
+    class Ours(OurGRPOTrainer):
+        def _generate_single_turn(self, *args):
+            pass
+
+        def evaluate(self, *args):
+            pass
+
+    Ours.__module__ = "trl_ext.trainers.grpo.new"
+    assert {"_generate_single_turn", "evaluate", "_compute_loss", "train"} <= {*overridden(Ours)}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_function_of_trl_that_is_called_is_listed(path):
+    """Functions imported from the inside of TRL, and private methods of its trainers."""
+    parents = [upstream.trl_class(trainer) for trainer in (OurGRPOTrainer, DPOTrainer)]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl."):
+            module = importlib.import_module(node.module)
+            held = [getattr(module, alias.name, None) for alias in node.names]  # `None`: a module below it
+            assert {path_of(thing) for thing in held if inspect.isfunction(thing)} <= PARAMETERS.keys()
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("_"):
+            name = node.func.attr
+            owners = [c for c in parents if inspect.isfunction(getattr(c, name, None)) and not name.startswith("__")]
+            assert not owners or any(f"{path_of(c)}.{name}" in PARAMETERS for c in owners), name
+
+
+def test_env_check_has_a_line_for_each():
+    assert len([name for name in CHECKS if name.startswith("parameters of ")]) == len(PARAMETERS)
+    for path in PARAMETERS:
+        assert f"parameters of {path.removeprefix('trl.')}" in CHECKS
+
+
+@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer])
+def test_a_trainer_is_checked_when_it_is_made(monkeypatch, ours):
+    class Theirs(ours):
+        pass
+
+    parent = upstream.trl_class(ours)
+    upstream.check_overridden(Theirs)
+    monkeypatch.setattr(upstream, "_checked_once", upstream.check_parameters)  # as in a new process
+    monkeypatch.setattr(parent, "_compute_loss", lambda self, inputs: None)
+    message = re.escape(f"{path_of(parent)}._compute_loss takes ('self', 'inputs'), expected")
+    with pytest.raises(UpstreamChanged, match=message):
+        upstream.check_overridden(Theirs)
+    with pytest.raises(UpstreamChanged, match=message):
+        ours(model="none")
+
+
+def test_a_trainer_below_another_class_of_trl_is_refused():
+    with pytest.raises(UpstreamChanged, match="RLOOTrainer has none of TRL's known trainers among its bases"):
+        upstream.check_overridden(trl.RLOOTrainer)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +126,7 @@ def test_a_private_place_is_where_it_was(place):
         ),
     ],
 )
-def test_registration_names_the_place_that_moved_and_the_version(change, message):
+def test_registration_names_what_has_changed_and_the_version(change, message):
     theirs = dict(vars(GRPOTrainer))
     try:
         change()
@@ -187,3 +278,24 @@ def test_scoring_returns_the_log_probs_of_the_reference_as_computed(scored, monk
     )
     output = trainer._generate_and_score_completions([{"prompt": "ab"}] * 4)
     assert sum(result[0] is output["ref_per_token_logps"] for result in results) == 1
+
+
+# DPO
+
+
+def test_the_losses_known_as_trls_are_all_that_trl_has():
+    source = inspect.getsource(trl.DPOTrainer._compute_loss)
+    assert {*re.findall(r'loss_type == "(\w+)"', source)} == {*TRL_LOSSES}
+    assert not {*TRL_LOSSES} & {*PREFERENCE_LOSSES, "psipo"}
+
+
+def test_no_field_of_ours_is_a_field_of_trls_dpo_config_and_each_is_off():
+    theirs, fields = trl.DPOConfig.__dataclass_fields__, DPOConfig.__dataclass_fields__
+    ours = fields.keys() - theirs.keys()
+    assert {name for name in DPOConfig.__annotations__ if not name.startswith("_")} == ours
+    assert {fields[name].default for name in ours} == {None, 1.0}  # reward_scale is a factor
+
+
+def test_preparing_a_dataset_reads_three_options_only():
+    source = inspect.getsource(trl.DPOTrainer._prepare_dataset)
+    assert {*re.findall(r"\bargs\.(\w+)", source)} == {"dataset_num_proc", "max_length", "truncation_mode"}

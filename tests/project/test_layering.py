@@ -9,37 +9,89 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "trl_ext"
 HEAVY = {"trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes"}
-LAYERS = ["functional", "lookup", "upstream", "trainers", "registration", "cli"]  # each may import those before it
-SEES_TRL = {"upstream", "trainers", "rewards", "registration", "cli", "__main__"}
+# From the bottom up. A module imports those of its own line if it is the same package, and those of the lines before.
+LAYERS = [
+    {"functional"},
+    {"papers", "lookup", "upstream"},
+    {"rewards", "packed"},
+    {"trainers"},
+    {"registration"},
+    {"cli", "__main__"},
+    {"__init__"},
+]
+SEES_TRL = {"upstream", "rewards", "packed", "trainers", "registration", "cli", "__main__"}
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(path: Path):
-    """Dotted absolute names of the modules that a file imports anywhere."""
+def owner(path: Path) -> str:
+    """The module or package directly below trl_ext that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, source: str):
+    """Dotted absolute names of what a file imports anywhere: modules, and names of modules."""
     package = ["trl_ext", *path.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            yield ".".join([*base, *([node.module] if node.module else [])])
+            base = [*base, *([node.module] if node.module else [])]
+            yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-def layer(name: str) -> str:
-    return name.split(".")[1] if "." in name else ""
+def layer(name: str) -> int:
+    found = [number for number, names in enumerate(LAYERS) if name in names]
+    assert found, f"trl_ext.{name} is in no layer"
+    return found[0]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def wrong_imports(path: Path, source: str) -> list[str]:
+    """What a file of the package imports although its layer may not."""
+    own, wrong = owner(path), []
+    for name in imports(path, source):
+        root, _, below = name.partition(".")
+        if own == "functional" and root not in {"torch", "trl_ext", *sys.stdlib_module_names}:
+            wrong.append(name)
+        if root in HEAVY and own not in SEES_TRL:
+            wrong.append(name)
+        theirs = below.partition(".")[0]
+        if root == "trl_ext" and theirs not in ("__version__", own) and layer(theirs) >= layer(own):
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_downwards(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for name in imports(path):
-        root = name.split(".")[0]
-        if own == "functional":
-            allowed = root in {"torch", *sys.stdlib_module_names} or name == "trl_ext.functional.reductions"
-            assert allowed, f"{path.name} imports {name}"
-        if root in HEAVY:
-            assert own in SEES_TRL, f"{path.name} imports {name}"
-        if root == "trl_ext" and own in LAYERS and layer(name) in LAYERS:
-            assert LAYERS.index(layer(name)) <= LAYERS.index(own), f"{path.name} imports {name}"
+    assert layer(owner(path)) >= 0
+    assert wrong_imports(path, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("rewards/new.py", "from ..trainers import grpo"),
+        ("rewards/new.py", "from trl_ext.trainers.grpo import GRPOTrainer"),
+        ("rewards/new.py", "from .. import trainers"),
+        ("functional/kl.py", "from ..lookup import lookup"),
+        ("functional/preference/psi.py", "from ...trainers import dpo"),
+        ("functional/kl.py", "import numpy"),
+        ("papers.py", "import trl"),
+        ("lookup.py", "def f():\n    from .upstream import check_parameters"),
+        ("trainers/grpo/new.py", "from ...registration import register"),
+        ("registration.py", "from . import cli"),
+        ("__main__.py", "from .cli import main"),
+    ],
+)
+def test_an_import_upwards_is_caught(file, line):
+    assert len(wrong_imports(PACKAGE / file, line)) == 1
+
+
+def test_a_module_without_a_layer_is_caught():
+    with pytest.raises(AssertionError, match=r"trl_ext\.utils is in no layer"):
+        wrong_imports(PACKAGE / "trainers/new.py", "from ..utils import anything")
+    with pytest.raises(AssertionError, match=r"trl_ext\.utils is in no layer"):
+        layer(owner(PACKAGE / "utils.py"))
 
 
 def test_importing_the_package_loads_and_changes_nothing():

@@ -15,8 +15,9 @@ import trl_ext
 from recipes.clock.accuracy import read_rows
 from recipes.clock.pairs import HERE, PROMPTS, preference_pairs
 from recipes.clock.task import outcome_reward
-from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
+from trl_ext.functional.preference import PREFERENCE_LOSSES
 from trl_ext.trainers.dpo import DPOConfig
+from trl_ext.trainers.dpo.losses import parse_losses
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DPO_RECIPES = ["ipo.yaml", "ipo_quickstart.yaml", "psipo_soft_labels.yaml", "rpo.yaml"]
@@ -42,13 +43,13 @@ def test_a_recipe_parses_and_its_header_says_who_ran_it(name, registered, monkey
     (tmp_path / name).write_text(text.replace("bf16: false", "") + "\nbf16: false\n", encoding="utf-8")
     _, config, model, _ = make_parser().parse_args_and_config(["--config", name])  # refuses what it does not know
     assert isinstance(config, DPOConfig)
-    assert config._split_losses()[1], "a loss of ours"
+    assert parse_losses(config), "a loss of ours"
     assert model.model_name_or_path
 
 
 def test_the_page_names_every_loss_and_every_option():
     page = (RECIPES.parent / "docs/methods/preference.md").read_text(encoding="utf-8")
-    options = DPOConfig.__annotations__.keys() - {"callbacks"}
+    options = DPOConfig.__annotations__.keys()
     for name in [*PREFERENCE_LOSSES, *(name for name in options if not name.startswith("_"))]:
         assert re.search(rf"`{name}\b", page), name
 

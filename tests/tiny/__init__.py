@@ -113,6 +113,13 @@ def weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
+def assert_same_weights(ours, theirs, **tolerance):
+    ours, theirs = weights(ours), weights(theirs)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], **(tolerance or {"atol": 0, "rtol": 0}), msg=name)
+
+
 def logged(trainer, *names) -> list:
     """Values of the metrics `names` in each log entry of a training step."""
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]

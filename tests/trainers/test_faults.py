@@ -96,9 +96,9 @@ def test_booleans_are_one_and_zero_and_not_a_number_is_none(train):
 SCORED: list = []
 
 
-def remember(rewards, scored, completion_mask, num_generations):
-    SCORED.append(scored)
-    return rewards.sum(1)
+def remember(batch):
+    SCORED.append(batch.outcome_scored)
+    return batch.rewards.sum(1)
 
 
 # What it must not return

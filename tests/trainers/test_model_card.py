@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 import trl_ext
 from trl_ext import __version__
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
-from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
+from trl_ext.functional.preference import PREFERENCE_LOSSES
 from trl_ext.papers import PAPERS
-from trl_ext.trainers.method_rows import METHODS
 from trl_ext.trainers.model_card import model_card_with_options
 
 
@@ -129,13 +128,14 @@ def test_the_card_of_an_adapter_keeps_the_tag(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGE_ESTIMATORS.keys() - {"group_relative"}))
 def test_each_estimator_names_the_paper_that_its_docstring_links(name):
-    row = METHODS[name]
-    assert row.method and PAPERS[row.paper].url in ADVANTAGE_ESTIMATORS[name].__doc__
+    row = ADVANTAGE_ESTIMATORS[name]
+    assert row.method and PAPERS[row.paper].url in row.function.__doc__
 
 
 def test_every_loss_has_its_method_except_the_one_without_paper():
     for name in {*PREFERENCE_LOSSES, "psipo"} - {"margin_dpo"}:
-        assert METHODS[name].method and METHODS[name].paper in PAPERS, name
+        row = PREFERENCE_LOSSES[name]
+        assert row.method and row.paper in PAPERS, name
 
 
 def test_the_card_of_a_preference_run_names_its_first_loss(tiny_model, tmp_path):

@@ -157,19 +157,23 @@ def process_group_relative(
         raise ValueError("process_group_relative needs step rewards; set steps and steps_scored of the batch.")
     if batch.kl_penalty is not None:
         raise ValueError("process_group_relative takes no kl_penalty, which belongs to no step. Put it into the loss.")
-    rewards = batch.steps.to(batch.outcome.dtype)
     of_steps = step_advantages(
-        rewards, batch.steps_scored, batch.mask, batch.num_generations, credit=credit, temperature=temperature
+        batch.steps.double(),
+        batch.steps_scored,
+        batch.mask,
+        batch.num_generations,
+        credit=credit,
+        temperature=temperature,
     )
-    return process_weight * of_steps + _of_outcomes(batch, outcome_weight)
+    return (process_weight * of_steps + _of_outcomes(batch, outcome_weight)).to(batch.outcome.dtype)
 
 
 def _of_outcomes(batch: RewardBatch, outcome_weight: float) -> torch.Tensor:
-    """What outcomes contribute to [`process_group_relative`], `(N, T)`."""
-    if not batch.outcome_scored.any():
-        return torch.zeros_like(batch.outcome)
-    per_row = group_relative(batch.outcomes_alone())
-    return outcome_weight * per_row[:, None] * batch.mask.to(per_row)
+    """What outcomes contribute to [`process_group_relative`], `(N, T)`, float64."""
+    trainable = batch.mask.bool() & batch.outcome_scored.any(1, keepdim=True)
+    if not trainable.any():  # steps may teach all the same: no batch of outcomes alone, which would warn
+        return torch.zeros_like(batch.outcome, dtype=torch.float64)
+    return outcome_weight * group_relative(batch.outcomes_alone())[:, None].where(trainable, 0.0)
 
 
 def _share_of_steps(batch: RewardBatch, advantages: torch.Tensor, **options: Any) -> dict[str, float]:

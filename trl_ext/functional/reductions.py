@@ -7,7 +7,7 @@ infinity only where the result itself is too large for it.
 
 import torch
 
-SATURATION = 20.0  # e²⁰ ≈ 4.9e8; beyond it an exponential goes on as a straight line or stays
+SATURATION = 20.0  # e²⁰ ≈ 4.9e8; beyond it an exponential goes on as a straight line, or stays
 
 
 def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

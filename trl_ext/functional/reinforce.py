@@ -85,7 +85,22 @@ def rewards_to_go(
     gamma: float = 1.0,
     discount: str = "trainable",
 ) -> Spread:
-    """Of [`reinforce_plus_plus`]."""
+    """
+    What [`reinforce_plus_plus`] normalises.
+
+    Args:
+        batch, weighting, correction, norm, gamma, discount:
+            As there.
+
+    Returns:
+        [`Spread`]: Rewards-to-go, their weights, and σ (1 where they are not divided).
+
+    Example:
+
+    >>> batch = RewardBatch(torch.tensor([[0.0, 1.0]]), torch.tensor([[False, True]]), torch.ones(1, 2), 1)
+    >>> rewards_to_go(batch).values
+    tensor([[1., 1.]], dtype=torch.float64)
+    """
     values = reward_to_go(batch.rewards, batch.trainable, gamma, discount)
     without_kl = None
     if batch.kl_penalty is not None:
@@ -140,7 +155,16 @@ def reinforce_plus_plus(
 def above_the_group(
     batch: RewardBatch, *, weighting: str = "token", correction: int = 0, norm: str = "whiten", gamma: float = 1.0
 ) -> Spread:
-    """Of [`reinforce_plus_plus_baseline`]."""
+    """
+    What [`reinforce_plus_plus_baseline`] normalises.
+
+    Args:
+        batch, weighting, correction, norm, gamma:
+            As there.
+
+    Returns:
+        [`Spread`]: Rewards-to-go minus the group's mean outcome, their weights, and σ (1 where they are not divided).
+    """
     if gamma != 1.0:
         raise ValueError(
             f"gamma must be 1.0 for 'reinforce_plus_plus_baseline', whose baseline is an undiscounted return, got "

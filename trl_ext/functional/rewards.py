@@ -71,7 +71,10 @@ class RewardBatch:
         for field in dataclasses.fields(self):
             value, expected = getattr(self, field.name), shapes.get(field.name, (rows, width))
             if isinstance(value, torch.Tensor) and value.shape != expected:
-                raise ValueError(f"{field.name} must be of shape {expected}, as outcome is, got {tuple(value.shape)}.")
+                raise ValueError(
+                    f"{field.name} must be of shape {expected} with an outcome of {(rows, width)}, got "
+                    f"{tuple(value.shape)}."
+                )
         if not (isinstance(self.num_generations, int) and self.num_generations > 0) or rows % self.num_generations:
             raise ValueError(
                 f"{rows} rows are no whole number of groups of num_generations={self.num_generations}. Give all "
@@ -121,8 +124,8 @@ class RewardBatch:
         return advantages.flatten().where(self.trainable.any(1), 0.0).to(self.outcome.dtype)
 
     def outcomes_alone(self) -> "RewardBatch":
-        """The same batch without its step rewards."""
-        return dataclasses.replace(self, steps=None, steps_scored=None)
+        """The same batch without its step rewards, in float64, so that sums with theirs are rounded once."""
+        return dataclasses.replace(self, outcome=self.outcome.double(), steps=None, steps_scored=None)
 
 
 def reward_at_end(returns: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -105,4 +105,4 @@ def warn_user(message: str) -> None:
     frame, depth = sys._getframe(1), 2
     while frame.f_back and any(place in frame.f_code.co_filename for place in inside):
         frame, depth = frame.f_back, depth + 1
-    warnings.warn(message, stacklevel=depth - 1)
+    warnings.warn(message, stacklevel=depth)

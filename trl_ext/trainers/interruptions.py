@@ -12,7 +12,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..lookup import lookup
+from ..lookup import import_path
 
 _STATE_FILE = "trl_ext_state.json"
 
@@ -111,7 +111,7 @@ def keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
 
 def callback_classes(paths: str | list[str] | None) -> list[Any]:
     """The classes at the dotted paths of the option `callback_paths`; a single string is a list of one."""
-    return [lookup(path, {}) for path in ([paths] if isinstance(paths, str) else paths or [])]
+    return [import_path(path) for path in ([paths] if isinstance(paths, str) else paths or [])]
 
 
 def add_callbacks(trainer: Any, paths: str | list[str] | None) -> None:

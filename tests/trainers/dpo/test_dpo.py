@@ -7,7 +7,7 @@ from tiny import logged, weights
 from tiny.dpo import build, pairs, save_moe
 
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
-from trl_ext.trainers.dpo.config import TRL_LOSSES
+from trl_ext.trainers.dpo.losses import TRL_LOSSES
 
 OURS = (DPOTrainer, DPOConfig)
 TRLS = (trl.DPOTrainer, trl.DPOConfig)
@@ -68,7 +68,47 @@ def test_trls_own_names_train_as_trl_does_bit_for_bit(tiny_model, tmp_path, loss
 def test_the_trainer_accepts_trls_own_config(tiny_model, tmp_path):
     ours = trained((DPOTrainer, trl.DPOConfig), tiny_model, tmp_path)
     assert_equal_runs(ours, trained(TRLS, tiny_model, tmp_path))
-    assert object.__new__(DPOTrainer)._pair_losses == ()  # as TRL's own tests build trainers
+    assert not object.__new__(DPOTrainer)._is_ours  # as TRL's own tests build trainers
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["", "precompute"])
+def test_with_nothing_of_ours_set_trl_gets_what_the_user_gave(tiny_model, tmp_path, monkeypatch, precompute):
+    """The same objects arrive as in TRL, and no collator, cache key or check is ours."""
+    arrived = {}
+
+    def watched(name):
+        original = getattr(trl.DPOTrainer, name)
+
+        def method(self, *args, **kwargs):
+            arrived.setdefault(name, []).append((args, self._precompute_model_hash if "_precompute" in name else None))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(trl.DPOTrainer, name, method)
+
+    names = ["_prepare_dataset", "compute_ref_log_probs", "_compute_loss"]
+    names += ["_precompute_ref_logps"] if precompute else []
+    for name in names:
+        watched(name)
+    refuse = lambda *args, **kwargs: pytest.fail("ours was asked")  # noqa: E731
+    for name in ("require_texts", "require_columns", "require_eos", "pair_batch", "Needed"):
+        monkeypatch.setattr(f"trl_ext.trainers.dpo.trainer.{name}", refuse)
+    monkeypatch.setattr("trl_ext.trainers.dpo.trainer.CollatorWithColumns", refuse)
+    rows = pairs(4)
+    options = {"kind": "full", "train_dataset": rows, "max_steps": 1, "precompute_ref_log_probs": precompute}
+    trainer = build(*OURS, tiny_model, tmp_path, **options)
+    assert type(trainer.data_collator).__module__.startswith("trl.")
+    (args, _), *_ = arrived["_prepare_dataset"]
+    assert args[0] is rows and args[2] is trainer.args
+    if precompute:
+        assert [key for _, key in arrived["_precompute_ref_logps"]] == [trainer._precompute_model_hash]
+    arrived.clear()
+    batch, model = trainer.data_collator(list(trainer.train_dataset)), trainer.model
+    trainer.compute_loss(model, batch)
+    ((args, _),) = arrived["_compute_loss"]
+    assert args[0] is model and args[1] is batch
+    trainer.compute_ref_log_probs(model, batch)
+    assert all(args[1] is batch for args, _ in arrived["compute_ref_log_probs"])
+    trainer.train()
 
 
 def test_without_losses_trl_returns_zero_and_every_metric(tiny_model, tmp_path):
@@ -156,7 +196,7 @@ PAIRS |= {
     for name in ("sigmoid", "hinge", "ipo", "sigmoid_norm")
     for what, options in {
         "probability of one": {"preference_prob_column": "one"},
-        "weight of one": {"sample_weight_column": "one"},
+        "weight of one": {"pair_weight_column": "one"},
     }.items()
 }
 

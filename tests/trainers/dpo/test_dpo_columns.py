@@ -10,14 +10,15 @@ from tiny.dpo import build, pairs
 from transformers import AutoTokenizer
 
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
+from trl_ext.trainers.dpo import pairs as dpo_pairs
 from trl_ext.trainers.dpo import trainer as dpo_module
 
 COLUMNS = {
     "preference_prob_column": "p",
     "chosen_reward_column": "good",
     "rejected_reward_column": "bad",
-    "sample_weight_column": "w",
-    "reward_scale": 0.5,
+    "pair_weight_column": "w",
+    "reward_margin_scale": 0.5,
 }
 VALUES = {"p": lambda i: 0.4 + i / 40, "good": lambda i: float(i), "bad": lambda i: i / 2, "w": lambda i: 1 + i % 3}
 SEEN = []
@@ -26,7 +27,7 @@ SEEN = []
 def recorded(batch):
     """A pair loss of the user's own, which remembers what it was given."""
     SEEN.append(batch)
-    return (batch.chosen - batch.rejected).square() + batch.chosen_logps * 0
+    return batch.margin.square() + batch.chosen_logps * 0
 
 
 def conversational(rows):
@@ -92,10 +93,10 @@ def test_each_pair_keeps_its_own_columns(chat_model, tmp_path, case, monkeypatch
     trainer.train()
     found = []
     for batch in SEEN:
-        for row in range(len(batch.prob)):
+        for row in range(len(batch.preference_prob)):
             i = index_of_length[int(batch.chosen_lengths[row]), int(batch.rejected_lengths[row])]
             found.append(i)
-            assert batch.prob[row].item() == pytest.approx(VALUES["p"](i))
+            assert batch.preference_prob[row].item() == pytest.approx(VALUES["p"](i))
             assert batch.reward_margin[row].item() == pytest.approx(0.5 * (VALUES["good"](i) - VALUES["bad"](i)))
     assert sorted(found) == list(range(8))
 
@@ -103,9 +104,7 @@ def test_each_pair_keeps_its_own_columns(chat_model, tmp_path, case, monkeypatch
 def test_a_weight_multiplies_the_loss_of_its_pair_and_is_not_normalised(tiny_model, tmp_path):
     rows = pairs(4, **VALUES)
     options = {"loss_type": ["psipo_identity"], "preference_prob_column": "p", "kind": "reference"}
-    trainer = build(
-        DPOTrainer, DPOConfig, tiny_model, tmp_path, train_dataset=rows, sample_weight_column="w", **options
-    )
+    trainer = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, train_dataset=rows, pair_weight_column="w", **options)
     plain = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, train_dataset=rows, **options)
     batch = trainer.data_collator(list(trainer.train_dataset))
     single = [plain.data_collator([row]) for row in plain.train_dataset]
@@ -308,7 +307,7 @@ def test_metrics_are_the_means_they_say(tiny_model, tmp_path):
     with torch.no_grad():
         trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
     (batch,), metrics = SEEN, {name: values[-1] for name, values in trainer._metrics["eval"].items()}
-    w, r, p = batch.chosen, batch.rejected, batch.prob
+    w, r, p = batch.chosen_logratios, batch.rejected_logratios, batch.preference_prob
     target = (2 * p - 1) / (2 * 0.2)
     reached = [abs(u) >= abs(t) and u * t >= 0 for u, t in zip((w - r).tolist(), target.tolist(), strict=True)]
     expected = {
@@ -340,10 +339,10 @@ def test_the_share_of_offsets_that_odpo_clamps_is_logged(tiny_model, tmp_path):
     assert trainer._metrics["eval"]["rewards/offset_clamped"] == [3 / 8]
 
 
-def test_a_seam_that_moved_is_noticed(tiny_model, tmp_path, monkeypatch):
+def test_a_part_of_trl_that_moved_is_noticed(tiny_model, tmp_path, monkeypatch):
+    original = dpo_pairs.completion_logps
     trainer = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, loss_type=["gpo_logistic"])
-    original = DPOTrainer._sums
-    monkeypatch.setattr(DPOTrainer, "_sums", lambda *args: original(*args) * 1.01)
+    monkeypatch.setattr(dpo_pairs, "completion_logps", lambda *args: original(*args) * 1.01)
     with pytest.raises(RuntimeError, match=r"TRL .* is not laid out as trl_ext expects: the mean log-prob"):
         trainer.train()
 

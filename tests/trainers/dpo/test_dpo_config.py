@@ -5,11 +5,10 @@ import warnings
 
 import pytest
 import torch
-import trl
 
-from trl_ext.functional.preference_losses import PREFERENCE_LOSSES
+from trl_ext.functional.preference import PREFERENCE_LOSSES
 from trl_ext.trainers.dpo import DPOConfig
-from trl_ext.trainers.dpo.config import SAME_AS_TRL, TRL_LOSSES
+from trl_ext.trainers.dpo.losses import SAME_AS_TRL, TRL_LOSSES
 
 REWARDS = {"chosen_reward_column": "good", "rejected_reward_column": "bad"}
 IPO = {"loss_type": ["psipo_identity"]}
@@ -36,8 +35,14 @@ def pair_loss(batch, *, strength=1.0):
         ({**IPO, "loss_weights": [1.0, 2.0]}, "`loss_weights` must have the same length as `loss_type`"),  # TRL's
         ({**IPO, "logp_reduction": "max"}, "logp_reduction must be 'sum' or 'mean', got 'max'."),
         ({**IPO, "beta": 0.0}, "beta must be positive, got 0.0."),
-        ({**IPO, "reward_scale": "1"}, "reward_scale must be a finite number, got '1'."),
-        ({**IPO, "callbacks": ["test_dpo_config.Nothing"]}, "'test_dpo_config.Nothing' cannot be imported"),
+        ({**IPO, "reward_margin_scale": "1"}, "reward_margin_scale must be a finite number, got '1'."),
+        (
+            {**IPO, "reward_margin_scale": 2.0},
+            "reward_margin_scale is the factor on the difference of two scores; set chosen_reward_column and",
+        ),
+        ({**IPO, "callback_paths": ["test_dpo_config.Nothing"]}, "'test_dpo_config.Nothing' cannot be imported"),
+        ({**IPO, "callback_paths": "Nothing"}, "'Nothing' is no dotted path such as 'my_package.my_function'."),
+        ({**IPO, "callback_paths": ["push-to.hub"]}, "'push-to.hub' is no dotted path such as"),
         # psi
         ({**IPO, "psi": "identity"}, "psi and loss_type 'psipo' need each other; set both, or neither."),
         ({"loss_type": ["psipo"]}, "psi and loss_type 'psipo' need each other; set both, or neither."),
@@ -59,15 +64,15 @@ def pair_loss(batch, *, strength=1.0):
         (
             {"loss_type": ["exo_pair"], "logp_reduction": "mean"},
             "loss_type 'exo_pair' is TRL's and cannot take logp_reduction, preference_prob_column or "
-            "sample_weight_column; only ['hinge', 'ipo', 'sigmoid', 'sigmoid_norm'] of TRL's names can.",
+            "pair_weight_column; only ['hinge', 'ipo', 'sigmoid', 'sigmoid_norm'] of TRL's names can.",
         ),
         (
             {"loss_type": ["sigmoid_norm"], "logp_reduction": "sum"},
             "loss_type 'sigmoid_norm' is the mean over tokens and contradicts logp_reduction='sum'; use 'sigmoid'",
         ),
         (
-            {"loss_type": ["sigmoid", "sft"], "sample_weight_column": "w"},
-            "loss_type 'sft' is TRL's, which cannot weight it; remove it or sample_weight_column.",
+            {"loss_type": ["sigmoid", "sft"], "pair_weight_column": "w"},
+            "loss_type 'sft' is TRL's, which cannot weight it; remove it or pair_weight_column.",
         ),
         (
             {"loss_type": ["gpo_hinge", "sft"], "use_weighting": True},
@@ -202,12 +207,8 @@ def test_ignored_label_smoothing_is_mentioned_once(name, message):
         {"loss_type": ["simpo", "robust"], "label_smoothing": 0.1},
         {"loss_type": "psipo_identity"},  # as in YAML
         {"loss_type": ["sigmoid"], "label_smoothing": 0.1, "logp_reduction": "sum"},
-        *(
-            {"loss_type": [name], **REWARDS}
-            for name in PREFERENCE_LOSSES
-            if name.startswith(("rpo", "odpo", "margin"))
-        ),
-        {"loss_type": ["sigmoid", "rpo_sq"], **REWARDS, "reward_scale": 2.0},
+        *({"loss_type": [name], **REWARDS} for name, row in PREFERENCE_LOSSES.items() if row.scores),
+        {"loss_type": ["sigmoid", "rpo_sq"], **REWARDS, "reward_margin_scale": 2.0},
         {"loss_type": ["psipo"], "psi": "torch.sin"},
         {"loss_type": ["psipo"], "psi": "test_dpo_config.infinite_at_one", "preference_prob_column": "p"},
         {"loss_type": ["dpop", "simpo"], "loss_kwargs": '{"dpop": {"lam": 5.0}}'},  # JSON, as on the command line
@@ -221,46 +222,3 @@ def test_good_options_are_accepted_in_silence(options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         config(**options)
-
-
-# What the config leans on in TRL
-
-
-def test_trls_names_are_all_that_trl_has():
-    import inspect
-
-    source = inspect.getsource(trl.DPOTrainer._compute_loss)
-    assert {*re.findall(r'loss_type == "(\w+)"', source)} == {*TRL_LOSSES}
-    assert not {*TRL_LOSSES} & {*PREFERENCE_LOSSES, "psipo"}
-
-
-def test_no_field_of_ours_is_a_field_of_trl_and_each_is_off():
-    theirs, fields = trl.DPOConfig.__dataclass_fields__, DPOConfig.__dataclass_fields__
-    ours = fields.keys() - theirs.keys()
-    assert {name for name in DPOConfig.__annotations__ if not name.startswith("_")} == ours
-    assert {fields[name].default for name in ours} == {None, 1.0}  # reward_scale is a factor
-
-
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("_compute_loss", ["self", "model", "inputs", "return_outputs"]),
-        ("compute_ref_log_probs", ["self", "model", "inputs"]),
-        ("_precompute_ref_logps", ["self", "dataset", "name", "batch_size"]),
-        ("_save_checkpoint", ["self", "model", "trial"]),
-        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
-        ("_prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"]),
-        ("_set_signature_columns_if_needed", ["self"]),
-    ],
-)
-def test_parameters_of_the_methods_that_are_wrapped(method, parameters):
-    import inspect
-
-    assert list(inspect.signature(getattr(trl.DPOTrainer, method)).parameters) == parameters
-
-
-def test_preparing_a_dataset_reads_three_options_only():
-    import inspect
-
-    source = inspect.getsource(trl.DPOTrainer._prepare_dataset)
-    assert {*re.findall(r"\bargs\.(\w+)", source)} == {"dataset_num_proc", "max_length", "truncation_mode"}

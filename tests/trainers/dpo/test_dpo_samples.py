@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ext.rewards.implicit_reward import ImplicitReward
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
-from trl_ext.trainers.dpo.samples import SampledMetrics
+from trl_ext.trainers.dpo.samples import PolicySamples
 
 BETA = 0.3
 
@@ -117,7 +117,7 @@ def test_the_sampled_kl_and_length_are_those_of_the_policy(tiny_model, tmp_path,
         DPOTrainer, DPOConfig, tiny_model, tmp_path, kind=kind, train_dataset=rows, loss_type=["gpo_logistic"],
         per_device_eval_batch_size=512, ld_alpha=0.0,
     )  # fmt: skip
-    callback = SampledMetrics(
+    callback = PolicySamples(
         trainer,
         num_prompts=4096,
         max_new_tokens=2,
@@ -133,22 +133,24 @@ def test_the_sampled_kl_and_length_are_those_of_the_policy(tiny_model, tmp_path,
     else:
         policy, reference = trainer.model, trainer.ref_model
     kl, length = exact(policy.eval(), reference.eval(), prompt_ids, eos)
-    assert kl > 5 * metrics["sampled/kl_stderr"], "otherwise 0 would pass"
-    assert metrics["sampled/kl"] == pytest.approx(kl, abs=4 * metrics["sampled/kl_stderr"])
-    assert metrics["sampled/length"] == pytest.approx(length, abs=0.02)
-    assert metrics["sampled/kl_per_token"] == pytest.approx(metrics["sampled/kl"] / metrics["sampled/length"])
-    assert 0.8 < metrics["sampled/truncated"] < 1
-    assert metrics["sampled/reward"] == metrics["sampled/length"]
+    assert kl > 5 * metrics["policy_samples/kl_stderr"], "otherwise 0 would pass"
+    assert metrics["policy_samples/kl"] == pytest.approx(kl, abs=4 * metrics["policy_samples/kl_stderr"])
+    assert metrics["policy_samples/length"] == pytest.approx(length, abs=0.02)
+    assert metrics["policy_samples/kl_per_token"] == pytest.approx(
+        metrics["policy_samples/kl"] / metrics["policy_samples/length"]
+    )
+    assert 0.8 < metrics["policy_samples/truncated"] < 1
+    assert metrics["policy_samples/reward"] == metrics["policy_samples/length"]
 
 
 def test_the_callback_by_its_name_logs_and_does_not_change_the_training(tiny_model, tmp_path):
     options = {"kind": "lora", "loss_type": ["gpo_logistic"], "logging_steps": 2}
     path = "test_dpo_samples.Often"
-    with_callback = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, callbacks=[path], **options)
+    with_callback = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, callback_paths=path, **options)
     without = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, **options)
     for trainer in (with_callback, without):
         trainer.train()
-    sampled = [entry for entry in with_callback.state.log_history if "sampled/kl" in entry]
+    sampled = [entry for entry in with_callback.state.log_history if "policy_samples/kl" in entry]
     assert [entry["step"] for entry in sampled] == [0, 3, 4]
     assert all(math.isfinite(value) for entry in sampled for value in entry.values())
     theirs = [entry for entry in without.state.log_history if "loss" in entry]
@@ -158,14 +160,14 @@ def test_the_callback_by_its_name_logs_and_does_not_change_the_training(tiny_mod
         assert torch.equal(a, b)
 
 
-class Often(SampledMetrics):
+class Often(PolicySamples):
     def __init__(self):
         super().__init__(steps=3, num_prompts=5, max_new_tokens=4)
 
 
 def test_the_callback_without_trainer_or_reference_is_refused(tiny_model, tmp_path):
     trainer = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, precompute_ref_log_probs=True)
-    with pytest.raises(ValueError, match="SampledMetrics needs its trainer"):
-        SampledMetrics().on_train_begin(trainer.args, trainer.state, None)
-    with pytest.raises(ValueError, match="SampledMetrics needs the reference during training"):
-        SampledMetrics(trainer).on_train_begin(trainer.args, trainer.state, None)
+    with pytest.raises(ValueError, match="PolicySamples needs its trainer"):
+        PolicySamples().on_train_begin(trainer.args, trainer.state, None)
+    with pytest.raises(ValueError, match="PolicySamples needs the reference during training"):
+        PolicySamples(trainer).on_train_begin(trainer.args, trainer.state, None)

@@ -78,7 +78,7 @@ NOT_CALLABLE = 3
         (
             {"advantage_estimator": "leave_one_out", "num_generations": 1},
             "advantage_estimator='leave_one_out' compares completions of one prompt and needs num_generations >= 2, "
-            "got 1. 'reinforce' and 'reinforce_plus_plus' accept 1.",
+            "got 1. These accept 1: 'reinforce', 'reinforce_plus_plus'.",
         ),
         ({"num_generations": 1}, "GRPO requires at least 2 generations per prompt"),  # TRL's own
         (
@@ -158,10 +158,13 @@ NOT_CALLABLE = 3
             "step_ends_function finds the steps by itself, so step_separator is not read. Remove one.",
         ),
         ({"step_separator": "."}, "step_separator is read only with advantage_estimator; set that too, or remove it."),
-        ({"process_weight": 0.5}, "process_weight is read only with advantage_estimator='process_group_relative'."),
+        (
+            {"process_weight": 0.5},
+            "process_weight is read only with an advantage_estimator that takes it: 'process_group_relative'.",
+        ),
         (
             {"advantage_estimator": "group_mean", "outcome_weight": 0},
-            "outcome_weight is read only with advantage_estimator='process_group_relative'.",
+            "outcome_weight is read only with an advantage_estimator that takes it: 'process_group_relative'.",
         ),
         (
             {"advantage_estimator": "process_group_relative", "outcome_weight": None},
@@ -206,7 +209,10 @@ NOT_CALLABLE = 3
             "kl_estimator='exact' in the reward has no gradient for its own token. Use kl_placement='loss' or "
             "kl_estimator='k1'.",
         ),
-        ({"kl_target": 0.1, "beta": 0.1}, "kl_target adapts the beta of our KL; set kl_estimator or kl_placement too"),
+        (
+            {"kl_target": 0.1, "beta": 0.1},
+            "kl_target is read only with kl_estimator or kl_placement; set that too, or remove it.",
+        ),
         ({"kl_estimator": "k3", "beta": 0.1, "kl_target": 0.0}, "kl_target must be a positive number, got 0.0."),
         (
             {"kl_estimator": "k3", "beta": 0.1, "kl_target": 0.1, "kl_horizon": -1},
@@ -234,12 +240,12 @@ def test_bad_options_are_refused_in_one_sentence(options, message):
     [
         (
             {"advantage_estimator": "length_weighted", "num_iterations": 2},
-            "'length_weighted' (OPO) is derived for exactly on-policy updates; rollouts are reused here.",
+            "'length_weighted' is derived for exactly on-policy updates; rollouts are reused here.",
         ),
         (
             {"advantage_estimator": "reinforce_plus_plus", "beta": 0.1},
-            "REINFORCE++ (arXiv 2501.03262, Eq. 4) puts k1 in the reward; with kl_placement unset the KL stays in "
-            "TRL's loss.",
+            "The paper of 'reinforce_plus_plus' puts k1 in the reward; with kl_placement unset the KL stays in TRL's "
+            "loss.",
         ),
         (
             {"kl_estimator": "k1", "beta": 0.1},

@@ -5,21 +5,15 @@ import math
 import pytest
 import torch
 import trl
-from tiny import digits, logged, scripted_rollout, weights
+from tiny import assert_same_weights, digits, logged, scripted_rollout
+from tiny.recorder import SEEN
 
-from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS, NEEDS_SIBLINGS, PER_TOKEN
+from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 
 OURS = (GRPOTrainer, GRPOConfig)
 TRLS = (trl.GRPOTrainer, trl.GRPOConfig)
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
-
-
-def assert_same_weights(ours, theirs, **tolerance):
-    ours, theirs = weights(ours), weights(theirs)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], **(tolerance or {"atol": 0, "rtol": 0}), msg=name)
 
 
 # Off means upstream
@@ -40,7 +34,7 @@ def test_with_nothing_switched_on_the_weights_are_those_of_trl_bit_for_bit(train
 
 def test_the_trainer_accepts_trls_own_config(train):
     assert_same_weights(train(GRPOTrainer, trl.GRPOConfig), train(*TRLS))
-    assert object.__new__(GRPOTrainer)._option("advantage_estimator") is None  # as TRL's own tests build trainers
+    assert not object.__new__(GRPOTrainer)._is_ours  # as TRL's own tests build trainers
 
 
 # On, but equal
@@ -61,31 +55,25 @@ def test_group_relative_trains_as_trl_does(train, loss_type, lora):
 
 # What the estimators receive
 
-SEEN = {}
-
-
-def record(rewards, scored, completion_mask, num_generations, **options):
-    SEEN.update(rewards=rewards, scored=scored, mask=completion_mask, size=num_generations, options=options)
-    return ADVANTAGE_ESTIMATORS["group_mean"](rewards, scored, completion_mask, num_generations)
-
 
 def test_a_function_by_dotted_path_gets_the_token_rewards_and_its_options(train):
     trainer = train(
         *OURS,
-        advantage_estimator="test_grpo.record",
+        advantage_estimator="tiny.recorder.record",
         advantage_kwargs={"flavour": "any"},
         rollout_func=scripted_rollout,
         max_steps=1,
     )
     assert SEEN["options"] == {"flavour": "any"}
-    assert SEEN["size"] == 4
+    batch = SEEN["batch"]
+    assert batch.num_generations == 4
     returns = digits(list(trainer._logs["completion"]))
-    for row, (rewards, scored, mask) in enumerate(zip(SEEN["rewards"], SEEN["scored"], SEEN["mask"], strict=True)):
+    for row, (rewards, scored, mask) in enumerate(zip(batch.rewards, batch.outcome_scored, batch.mask, strict=True)):
         last = max(t for t in range(len(mask)) if mask[t])
         assert scored.nonzero().flatten().tolist() == [last], "the outcome is on the last trainable token"
         assert rewards[last].item() == pytest.approx(returns[row], abs=1e-6)
         assert rewards.count_nonzero() <= 1
-    assert (SEEN["mask"] == 0).any()
+    assert (batch.mask == 0).any()
 
 
 def token_logps(model, prompt, completion):
@@ -98,7 +86,7 @@ def token_logps(model, prompt, completion):
 @pytest.mark.parametrize("aligned", [True, False], ids=["old log-probs left out", "old log-probs from TRL"])
 def test_the_kl_in_the_reward_is_that_of_the_sampling_policy(train, tiny_model, aligned):
     options = {
-        "advantage_estimator": "test_grpo.record",
+        "advantage_estimator": "tiny.recorder.record",
         "kl_placement": "reward",
         "beta": 0.3,
         "learning_rate": 0.05,
@@ -122,7 +110,7 @@ def test_the_kl_in_the_reward_is_that_of_the_sampling_policy(train, tiny_model, 
         kl = token_logps(sampler, prompt, completion) - token_logps(reference, prompt, completion)
         expected = torch.where(trainable, -0.3 * kl, 0.0)
         expected[trainable.nonzero().max()] += outcomes[row]
-        rewards = SEEN["rewards"][row]
+        rewards = SEEN["batch"].rewards[row]
         torch.testing.assert_close(rewards[: len(mask)], expected, atol=1e-5, rtol=0)
         assert not rewards[len(mask) :].any()
         kls.append(kl[trainable])
@@ -141,7 +129,7 @@ def test_the_kl_in_the_reward_is_not_counted_again_in_the_loss(train):
 # Logged values
 
 
-@pytest.mark.parametrize("name", sorted(ADVANTAGE_ESTIMATORS))
+@pytest.mark.parametrize("name", sorted(n for n, row in ADVANTAGE_ESTIMATORS.items() if row.steps != "needed"))
 def test_logged_advantages_are_those_that_were_used(train, name):
     used = {}
 
@@ -154,8 +142,8 @@ def test_logged_advantages_are_those_that_were_used(train, name):
     trainer = train(Spy, GRPOConfig, advantage_estimator=name, rollout_func=scripted_rollout, max_steps=1)
     mask = (used["completion_mask"] * used["tool_mask"]).double()
     advantages = used["advantages"].double()
-    assert advantages.shape == (mask.shape if name in PER_TOKEN else mask.shape[:1])
-    tokens = advantages if name in PER_TOKEN else advantages[:, None] * mask
+    assert advantages.shape == (mask.shape if ADVANTAGE_ESTIMATORS[name].per_token else mask.shape[:1])
+    tokens = advantages if advantages.dim() == 2 else advantages[:, None] * mask
     per_row = tokens.sum(1) / mask.sum(1)
     assert list(trainer._logs["advantages"]) == pytest.approx(per_row.tolist(), abs=1e-6)
     mean = tokens.sum() / mask.sum()
@@ -174,20 +162,20 @@ def some_fail(completions, **kwargs):
 def test_zero_variance_groups_are_counted_over_the_scored_completions(train):
     options = {"advantage_estimator": "group_mean", "per_device_train_batch_size": 8, "max_steps": 1}
     same = train(*OURS, reward_funcs=some_fail, **options)
-    assert logged(same, "advantages/frac_zero_variance_groups") == [[1.0]]
+    assert logged(same, "advantages/frac_groups_zero_std") == [[1.0]]
     mixed = train(*OURS, rollout_func=scripted_rollout, **options)
-    assert logged(mixed, "advantages/frac_zero_variance_groups") == [[0.0]]
+    assert logged(mixed, "advantages/frac_groups_zero_std") == [[0.0]]
 
 
 # One completion per prompt, unscored and clipped rewards, evaluation
 
 
-@pytest.mark.parametrize("name", sorted(set(ADVANTAGE_ESTIMATORS) - NEEDS_SIBLINGS))
+@pytest.mark.parametrize("name", sorted(name for name, row in ADVANTAGE_ESTIMATORS.items() if not row.siblings))
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_completion_per_prompt_trains(train, name, batch):
     trainer = train(*OURS, advantage_estimator=name, num_generations=1, per_device_train_batch_size=batch)
     assert type(trainer.args.num_generations) is int and trainer.args.num_generations == 1
-    assert all("advantages/frac_zero_variance_groups" not in entry for entry in logged(trainer))
+    assert all("advantages/frac_groups_zero_std" not in entry for entry in logged(trainer))
     assert all(math.isfinite(entry["loss"]) for entry in logged(trainer))
 
 
@@ -204,13 +192,13 @@ def test_rewards_are_weighted_and_clipped_before_the_estimator(train):
 
     train(
         *OURS,
-        advantage_estimator="test_grpo.record",
+        advantage_estimator="tiny.recorder.record",
         reward_funcs=[hundred, some_fail],
         reward_weights=[0.01, 0.5],
         reward_clip_range=[0.5, 2.0],
         max_steps=1,
     )
-    assert SEEN["rewards"].sum(1).tolist() == pytest.approx([0.5, 1.0, 2.0, 2.0])
+    assert SEEN["batch"].rewards.sum(1).tolist() == pytest.approx([0.5, 1.0, 2.0, 2.0])
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])
@@ -222,16 +210,16 @@ def test_an_infinite_reward_is_refused_by_name(train, value):
         train(*OURS, advantage_estimator="group_relative", reward_funcs=broken)
 
 
-def wrong_shape(rewards, scored, completion_mask, num_generations):
-    return rewards[:2]
+def wrong_shape(batch):
+    return batch.rewards[:2]
 
 
-def not_finite(rewards, scored, completion_mask, num_generations):
-    return rewards / 0
+def not_finite(batch):
+    return batch.rewards / 0
 
 
-def per_token(rewards, scored, completion_mask, num_generations):
-    return rewards.masked_fill(completion_mask == 0, torch.nan)  # whatever it says about masked tokens is ignored
+def per_token(batch):
+    return batch.rewards.masked_fill(batch.mask == 0, torch.nan)  # whatever it says about masked tokens is ignored
 
 
 @pytest.mark.parametrize(
@@ -292,7 +280,7 @@ def test_results_do_not_depend_on_how_the_batch_is_cut(train):
 
 
 def test_a_moved_seam_is_an_error_that_names_it(train, monkeypatch):
-    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", trl.GRPOTrainer._calculate_rewards)
+    monkeypatch.setattr(trl.GRPOTrainer, "_calculate_rewards", lambda self, *batch: torch.zeros(4))
     with pytest.raises(RuntimeError, match=r"TRL .* is not laid out as trl_ext expects: _calculate_rewards"):
         train(*OURS, advantage_estimator="group_relative")
 

@@ -9,9 +9,10 @@ import trl
 from tiny import build, digits, logged, scripted_rollout, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_ext.functional.kl import adapted_beta, k1, k2, k3
+from trl_ext.functional.kl import k1, k2, k3, next_beta
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
-from trl_ext.trainers.grpo.kl import BetaTimes, Head, exact_kl
+from trl_ext.trainers.grpo.exact_kl import Head, exact_kl
+from trl_ext.trainers.grpo.kl import BetaController, BetaProxy
 
 OURS = (GRPOTrainer, GRPOConfig)
 TRLS = (trl.GRPOTrainer, trl.GRPOConfig)
@@ -165,7 +166,7 @@ def test_the_loss_is_trls_without_kl_plus_beta_times_the_aggregated_kl(pairs, mo
         ours = loss_and_gradient(trainer, inputs)
         trainer.model.zero_grad()
         with monkeypatch.context() as without:
-            without.setattr(trainer.args, "kl_estimator", None)
+            without.setattr(trainer, "_penalty", None)
             without.setattr(trainer, "beta", 0.0)
             loss = trainer._compute_loss(trainer.model, inputs)
         logps = log_probs(trainer, inputs)
@@ -323,7 +324,7 @@ def test_a_loss_that_does_not_ask_for_the_product_is_an_error(pairs, monkeypatch
 
 def test_the_product_of_beta_is_answered_in_every_notation():
     kl, theirs = torch.full((2, 3), 5.0), torch.ones(2, 3)
-    beta = BetaTimes(0.5, lambda: kl)
+    beta = BetaProxy(0.5, lambda: kl)
     products = [beta * theirs, theirs * beta, torch.mul(beta, theirs), torch.mul(theirs, beta), theirs.mul(beta)]
     for product in products:
         assert torch.equal(product, torch.full((2, 3), 2.5))
@@ -396,7 +397,7 @@ def test_beta_follows_the_formula_with_the_kl_in_the_reward(train):
     beta = 0.1
     for measured, in_force in logged(trainer, "kl", "kl/beta"):
         assert in_force == pytest.approx(beta, rel=1e-6)
-        beta = adapted_beta(beta, measured, 0.01, 4, 100.0)
+        beta = next_beta(beta, measured, 0.01, 4, 100.0)
     assert trainer.beta == pytest.approx(beta, rel=1e-6)
 
 
@@ -407,22 +408,23 @@ def test_the_unit_of_the_target_is_the_token_or_the_sequence(train):
     assert per_token.beta < 0.1 and per_sequence.beta < 0.1  # both far below a target of one nat
     window = per_token.state.log_history[0]["kl"]
     assert window == per_sequence.state.log_history[0]["kl"]
-    trainer = per_sequence
-    trainer.beta, trainer._kl_window = 0.1, 0.0
-    trainer._adapt_beta(torch.tensor([4.4, 100.0, 4.0, 5.0]))  # 1.1 nats per completion that has a token
-    assert trainer.beta == pytest.approx(0.1 * (1 + 0.1 * 5 / 1e4))
-    per_token.beta, per_token._kl_window = 0.1, 0.0
-    per_token._adapt_beta(torch.tensor([110.0, 100.0, 4.0, 5.0]))
-    assert per_token.beta == pytest.approx(0.1 * (1 + 0.1 * 5 / 1e4))
 
 
-def test_evaluation_and_empty_batches_leave_beta_alone(train):
+def test_the_controller_sums_until_the_end_of_a_step_and_reads_its_unit():
+    moved = 0.1 * (1 + 0.1 * 5 / 1e4)
+    of_sequences = BetaController(1.0, unit="sequence")  # 1.1 nats per completion that has a token
+    assert of_sequences.after(0.1, torch.tensor([4.4, 100.0, 4.0, 5.0])) == pytest.approx(moved)
+    of_tokens = BetaController(1.0)
+    assert of_tokens.after(0.1, torch.tensor([50.0, 40.0, 2.0, 2.0]), end_of_step=False) == 0.1
+    assert of_tokens.after(0.1, torch.tensor([60.0, 60.0, 2.0, 3.0])) == pytest.approx(moved)
+    assert of_tokens.after(0.1, torch.tensor([0.0, 0.0, 0.0, 4.0])) == 0.1, "nothing was measured, nor is it kept"
+
+
+def test_evaluation_leaves_beta_alone(train):
     trainer = train(*OURS, kl_estimator="k2", per_device_eval_batch_size=4, **ADAPTIVE)
     before = trainer.beta
     metrics = trainer.evaluate(trainer.train_dataset.select(range(4)))
     assert metrics["eval_kl/beta"] == before == trainer.beta
-    trainer._adapt_beta(torch.tensor([0.0, 0.0, 0.0, 4.0]))
-    assert trainer.beta == before
 
 
 @pytest.mark.parametrize("placement", ["loss", "reward"])
@@ -437,7 +439,7 @@ def test_an_interrupted_run_continues_with_its_beta(train, tmp_path, placement):
     }
     whole = train(*OURS, **options)
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    saved = json.loads((checkpoint / "kl_controller.json").read_text())
+    saved = json.loads((checkpoint / "trl_ext_state.json").read_text())
     assert saved["beta"] == pytest.approx(logged(whole, "kl/beta")[2][0])
     resumed = build(*OURS, whole.model.name_or_path, tmp_path / "out", **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -450,5 +452,5 @@ def test_a_checkpoint_without_beta_is_said_to_have_none(train, tmp_path):
     plain = {"beta": 0.1, "rollout_func": scripted_rollout, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer = train(*TRLS, **plain)
     resumed = build(*OURS, trainer.model.name_or_path, tmp_path / "out", kl_estimator="k2", **ADAPTIVE)
-    with pytest.warns(UserWarning, match=r"checkpoint-2 holds no adaptive beta; it starts at 0\.1"):
+    with pytest.warns(UserWarning, match=r"checkpoint-2 has no trl_ext_state\.json; these start anew: \['beta'\]"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))

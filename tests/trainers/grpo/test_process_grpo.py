@@ -1,21 +1,21 @@
 """Step rewards in the GRPO trainer: what functions receive and may return, where rewards go, what is logged."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 import trl
-from test_grpo import OURS, SEEN, assert_same_weights
-from tiny import CHARACTERS, digits, logged, save_model, scripted_rollout
+from tiny import CHARACTERS, assert_same_weights, digits, logged, save_model, scripted_rollout
+from tiny.recorder import SEEN
 from tokenizers import decoders
 from torch.nn.functional import pad
 from transformers import AutoTokenizer
 
 from trl_ext.functional.advantages import group_relative
-from trl_ext.functional.process_rewards import process_group_relative
-from trl_ext.trainers.grpo import GRPOTrainer
+from trl_ext.functional.process_rewards import step_advantages
+from trl_ext.functional.rewards import RewardBatch
+from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 
+OURS = (GRPOTrainer, GRPOConfig)
 PGR = {"advantage_estimator": "process_group_relative", "step_separator": " "}
 LETTERS = "abcdefgh"
 
@@ -123,7 +123,7 @@ def test_step_rewards_reach_the_sampled_tokens_also_around_tool_output(train):
     rewards, scored, mask = batch_by_hand(trainer)
     assert (mask.sum(1) < torch.tensor([len(m) for m in trainer.masks])).any(), "otherwise there is no tool output"
     assert (scored.sum(1) > 2).any()
-    expected = process_group_relative(rewards, scored, mask, 4)
+    expected = step_advantages(rewards, scored, mask, 4)
     close(trainer.seen["advantages"], expected)
     per_row = (expected * mask).sum(1) / mask.sum(1)
     assert list(trainer._logs["advantages"]) == pytest.approx(per_row.tolist(), abs=1e-6)
@@ -185,10 +185,10 @@ def test_outcome_and_process_rewards_are_normalised_separately_and_added(train):
     options = {"process_weight": 0.5, "outcome_weight": 2.0, "reward_weights": [3.0, 1.0]}
     trainer = spy(train, reward_funcs=[by_letters, digits], **options)
     rewards, scored, mask = batch_by_hand(trainer)
-    of_steps = process_group_relative(3 * rewards, scored, mask, 4)
+    of_steps = step_advantages(3 * rewards, scored, mask, 4)
     outcome = torch.tensor(digits(list(trainer._logs["completion"])), dtype=torch.float64)
     at_first = torch.arange(mask.size(1)) == 0
-    per_row = group_relative(outcome[:, None] * at_first, at_first.expand(mask.shape), mask, 4)
+    per_row = group_relative(RewardBatch(outcome[:, None] * at_first, at_first.expand(mask.shape), mask, 4))
     expected = 0.5 * of_steps + 2.0 * per_row[:, None] * mask
     close(trainer.seen["advantages"], expected)
     sizes = (0.5 * of_steps).abs().sum(), (2.0 * per_row[:, None] * mask).abs().sum()
@@ -217,7 +217,7 @@ def test_several_process_functions_are_added_over_those_that_scored_a_step(train
         places = scored[row].nonzero().flatten()
         if row != 2 and len(places) > 1:
             rewards[row, places[1]] += 0.7
-    close(trainer.seen["advantages"], process_group_relative(rewards, scored, mask, 4))
+    close(trainer.seen["advantages"], step_advantages(rewards, scored, mask, 4))
 
 
 def test_unscored_steps_are_dropped_and_counted(train):
@@ -230,14 +230,14 @@ def test_unscored_steps_are_dropped_and_counted(train):
     total = scored.sum().item()
     scored[1] = False
     scored[2, scored[2].nonzero()[0]] = False
-    close(trainer.seen["advantages"], process_group_relative(rewards * scored, scored, mask, 4))
+    close(trainer.seen["advantages"], step_advantages(rewards * scored, scored, mask, 4))
     metrics = logged(trainer)[0]
     assert metrics["process/frac_steps_unscored"] == pytest.approx(1 - scored.sum().item() / total)
     assert metrics["process/step_reward_mean"] == pytest.approx(rewards[scored].mean().item())
 
 
 def test_a_batch_in_which_nothing_was_scored_does_nothing(train):
-    with pytest.warns(UserWarning, match="No completion has both a scored step"):
+    with pytest.warns(UserWarning, match="No completion of the batch has both a reward"):
         trainer = spy(train, reward_funcs=lambda completions, **kwargs: [None] * len(completions))
     assert not trainer.seen["advantages"].any()
 
@@ -276,12 +276,12 @@ def test_steps_of_masked_truncated_completions_count_in_the_statistics(train):
             scored[row, step[-1]] = True
     mask = trainer.seen["completion_mask"] * trainer.seen["tool_mask"]
     assert not mask[[1, 3]].any() and mask[[0, 2]].any()
-    close(trainer.seen["advantages"], process_group_relative(rewards.double(), scored, mask, 4))
+    close(trainer.seen["advantages"], step_advantages(rewards.double(), scored, mask, 4))
 
 
 def test_reinforce_plus_plus_and_functions_by_path_see_the_sum_of_both_sources(train):
     trainer = spy(
-        train, reward_funcs=[by_letters, digits], advantage_estimator="test_grpo.record", reward_weights=[2.0, 1.0]
+        train, reward_funcs=[by_letters, digits], advantage_estimator="tiny.recorder.record", reward_weights=[2.0, 1.0]
     )
     rewards, scored, mask = batch_by_hand(trainer)
     outcome = torch.tensor(digits(list(trainer._logs["completion"])), dtype=torch.float64)
@@ -289,8 +289,8 @@ def test_reinforce_plus_plus_and_functions_by_path_see_the_sum_of_both_sources(t
     for row in range(4):
         last = mask[row].nonzero().max()
         expected[row, last] += outcome[row]
-        assert SEEN["scored"][row].tolist() == scored[row].tolist(), "a step ends on the last token anyway"
-    close(SEEN["rewards"], expected)
+        assert SEEN["batch"].steps_scored[row].tolist() == scored[row].tolist(), "a step ends on the last token anyway"
+    close(SEEN["batch"].rewards, expected)
     whitened = spy(train, advantage_estimator="reinforce_plus_plus")
     values = whitened.seen["advantages"][mask.bool()]
     assert values.mean().abs() < 1e-5 and abs(values.std(correction=0) - 1) < 1e-4
@@ -302,12 +302,11 @@ def test_outcome_functions_may_read_the_steps_too(train):
         return [-float(len(steps)) for steps in completion_steps]
 
     def untouched(completions, **kwargs):
-        assert not kwargs.keys() & {"completion_steps", "completion_step_ends"}, "without estimator TRL's call"
-        return [float(len(text)) for text in completions]
+        assert not kwargs.keys() & {"completion_steps", "completion_step_ends"}, "only where step rewards are needed"
+        return [0.0] * len(completions)
 
-    assert not any(math.isnan(e["reward"]) for e in logged(train(*OURS, reward_funcs=[fewest, untouched])))
     options = {"advantage_estimator": "group_relative", "step_separator": " ", "max_steps": 1}
-    trainer = train(*OURS, reward_funcs=fewest, rollout_func=spaced_rollout, **options)
+    trainer = train(*OURS, reward_funcs=[fewest, untouched], rollout_func=spaced_rollout, **options)
     trainer.state.global_step = 0
     rollout = spaced_rollout(list(trainer._logs["prompt"]), trainer)
     pairs = zip(rollout["completion_ids"], rollout["env_mask"], strict=True)
@@ -359,7 +358,7 @@ def test_metrics_and_completions_table(train):
     for j in range(1, int(count.max()) + 1):
         nth = [row[s.nonzero()[j - 1, 0]].item() for row, s in zip(rewards, scored, strict=True) if s.sum() >= j]
         assert entry[f"process/step_reward/{j}"] == pytest.approx(np.mean(nth), abs=1e-6)
-    assert "advantages/frac_zero_variance_groups" not in entry
+    assert "advantages/frac_groups_zero_std" not in entry
 
     per_row = [row[s].tolist() for row, s in zip(rewards, scored, strict=True)]
     table = list(trainer._logs["extra"]["by_letters/steps"])
@@ -429,12 +428,6 @@ ADDS_UP = (
             ([0.5], {"advantage_estimator": name}, ADDS_UP.format(name))
             for name in ("group_relative", "group_mean", "leave_one_out", "length_weighted")
         ],
-        (
-            [0.5],
-            {"advantage_estimator": None},
-            "Reward function 'broken' returned step rewards, but advantage_estimator is not set. Use "
-            "advantage_estimator='process_group_relative'.",
-        ),
         (
             [0.5],
             {"reward_clip_range": [0.0, 1.0]},
@@ -508,6 +501,6 @@ def reads_no_steps(completions, **kwargs):
 
 def test_completions_are_not_cut_for_functions_that_read_no_steps(train, monkeypatch):
     monkeypatch.setattr(
-        "trl_ext.trainers.grpo.trainer.segment", lambda *a: pytest.fail("a completion was cut into steps")
+        "trl_ext.trainers.grpo.steps.segment", lambda *a: pytest.fail("a completion was cut into steps")
     )
     train(*OURS, advantage_estimator="reinforce_plus_plus", reward_funcs=reads_no_steps, max_steps=1)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, Trainer, TrainerCallback
 
 
-class SampledMetrics(TrainerCallback):
+class PolicySamples(TrainerCallback):
     r"""
     Sample completions from the policy during training and log what they are like.
 
@@ -23,18 +23,19 @@ class SampledMetrics(TrainerCallback):
 
     | name | meaning |
     |---|---|
-    | `sampled/kl`, `sampled/kl_stderr` | mean over the prompts of that log-ratio, and its standard error, nats |
-    | `sampled/kl_per_token` | its sum over all completions by their tokens, nats |
-    | `sampled/length` | mean number of tokens, the end of the sequence included |
-    | `sampled/truncated` | share of completions without an end |
-    | `sampled/reward` | mean of `reward_func` |
+    | `policy_samples/kl` | mean over the prompts of that log-ratio, nats |
+    | `policy_samples/kl_stderr` | its standard error, nats |
+    | `policy_samples/kl_per_token` | its sum over all completions by their tokens, nats |
+    | `policy_samples/length` | mean number of tokens, the end of the sequence included |
+    | `policy_samples/truncated` | share of completions without an end |
+    | `policy_samples/reward` | mean of `reward_func` |
 
-    Training takes the course it would take without the callback. Every process samples the same completions.
+    Does not change the training run. Every process samples the same completions.
 
     Args:
         trainer ([`DPOTrainer`], *optional*):
-            Trainer that the callback is added to. `callbacks` in the config sets it; in Python:
-            `trainer.add_callback(SampledMetrics(trainer))`.
+            Trainer that the callback is added to. `callback_paths` in the config sets it; in Python:
+            `trainer.add_callback(PolicySamples(trainer))`.
         reward_func (`Callable`, *optional*):
             Reward function as TRL's GRPO takes it: keyword arguments `prompts`, `completions`, `completion_ids` and
             the other columns of the data, to a list of numbers.
@@ -43,7 +44,7 @@ class SampledMetrics(TrainerCallback):
         num_prompts (`int`, *optional*, defaults to `64`):
             The first so many prompts of the evaluation data, or without any of the training data.
         max_new_tokens (`int`, *optional*, defaults to `128`):
-            Length at which a completion is cut; `sampled/kl` is then that of the first so many tokens.
+            Length at which a completion is cut; `policy_samples/kl` is then that of the first so many tokens.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the samples.
     """
@@ -68,10 +69,10 @@ class SampledMetrics(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         if trainer is None:
-            raise ValueError("SampledMetrics needs its trainer: trainer.add_callback(SampledMetrics(trainer)).")
+            raise ValueError("PolicySamples needs its trainer: trainer.add_callback(PolicySamples(trainer)).")
         if trainer.ref_model is None and not is_peft_model(trainer.accelerator.unwrap_model(trainer.model)):
             raise ValueError(
-                "SampledMetrics needs the reference during training; without an adapter neither "
+                "PolicySamples needs the reference during training; without an adapter neither "
                 "precompute_ref_log_probs nor a loss without reference keeps it. Pass ref_model, or remove the "
                 "callback."
             )
@@ -116,11 +117,11 @@ class SampledMetrics(TrainerCallback):
         count = len(completions)
         tokenizer = self._tokenizer
         metrics = {
-            "sampled/kl": log_ratios.mean().item(),
-            "sampled/kl_stderr": log_ratios.std().item() / math.sqrt(count) if count > 1 else math.nan,
-            "sampled/kl_per_token": log_ratios.sum().item() / sum(map(len, completions)),
-            "sampled/length": sum(map(len, completions)) / count,
-            "sampled/truncated": sum(ids[-1] != tokenizer.eos_token_id for ids in completions) / count,
+            "policy_samples/kl": log_ratios.mean().item(),
+            "policy_samples/kl_stderr": log_ratios.std().item() / math.sqrt(count) if count > 1 else math.nan,
+            "policy_samples/kl_per_token": log_ratios.sum().item() / sum(map(len, completions)),
+            "policy_samples/length": sum(map(len, completions)) / count,
+            "policy_samples/truncated": sum(ids[-1] != tokenizer.eos_token_id for ids in completions) / count,
         }
         if self.reward_func is not None:
             columns = {name: [row[name] for row in rows] for name in rows[0] if not name.endswith("_ids")}
@@ -129,7 +130,7 @@ class SampledMetrics(TrainerCallback):
             if not isinstance(prompts[0], str):
                 texts = [[{"role": "assistant", "content": text}] for text in texts]
             rewards = self.reward_func(prompts=prompts, completions=texts, completion_ids=completions, **columns)
-            metrics["sampled/reward"] = sum(rewards) / count
+            metrics["policy_samples/reward"] = sum(rewards) / count
         return metrics
 
     def _sample(self, prompts: list[list[int]]) -> list[list[int]]:

@@ -32,7 +32,7 @@ def kl_choice(options: Any) -> tuple[str | None, str | None]:
     if options.kl_estimator is None and options.kl_placement is None:
         return None, None
     placement = options.kl_placement or "loss"
-    return placement, options.kl_estimator or DEFAULT_ESTIMATOR[placement]
+    return placement, options.kl_estimator or DEFAULT_ESTIMATOR.get(placement, "k3")
 
 
 def names_of(wanted: Callable[[Estimator], bool]) -> str:

@@ -19,7 +19,7 @@ from .reward_calls import with_process_reward_model
 from .scoring import Rollout, Scoring
 
 _SCORE, _LOSS = "_generate_and_score_completions", "_compute_loss"
-_WAYS = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
+_WAYS: dict[str, tuple[str, ...]] = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
 
 
 class GRPOTrainer(Interruptible, _GRPOTrainer):
@@ -194,6 +194,6 @@ class GRPOTrainer(Interruptible, _GRPOTrainer):
 
     def create_model_card(self, *args, **kwargs):
         rows = [] if self._scoring is None else [self._scoring.row]
-        also = ("beta", "num_generations", "loss_type") if self._is_ours else ()
+        also = ("beta", "loss_type", "num_generations") if self._is_ours else ()
         with model_card_with_options(self, rows, also):
             super().create_model_card(*args, **kwargs)
