@@ -365,9 +365,14 @@ def test_an_error_before_the_loss_is_not_blamed_on_an_override_with_super(one_st
     def fails(self, inputs, *args):
         raise RuntimeError("their own")
 
-    theirs = type("Theirs", (subclass("_compute_loss", twice),), {"_calculate_rewards": fails})
+    class Theirs(GRPOTrainer):
+        _calculate_rewards = fails
+
+        def _compute_loss(self, model, inputs):
+            return 2 * super()._compute_loss(model, inputs)
+
     with pytest.raises(RuntimeError, match="^their own$"):
-        one_step(theirs, **OPTIONS["token"])
+        one_step(Theirs, **OPTIONS["token"])
 
 
 def test_an_error_above_super_is_left_as_it_is(one_step):
