@@ -97,9 +97,9 @@ def test_no_collective_is_added(make, monkeypatch):
         calls, trainer = [], make(which)
         with monkeypatch.context() as patched:
             for name in COLLECTIVES:
-                note = lambda *args, name=name, **kwargs: calls.append(name)  # noqa: E731
+                note = lambda *args, name=name, calls=calls, **kwargs: calls.append(name)  # noqa: E731
                 watch(patched, accelerate.Accelerator, name, note)
-            note = lambda *args, **kwargs: calls.append("gather_object")  # noqa: E731
+            note = lambda *args, calls=calls, **kwargs: calls.append("gather_object")  # noqa: E731
             watch(patched, upstream, "gather_object", note)
             for module in [m for name, m in sys.modules.items() if name.startswith("trl_ext.")]:
                 if isinstance(vars(module).get("gather_object"), FunctionType):
@@ -178,5 +178,5 @@ def test_a_column_that_appears_while_training_is_refused_too(make):
         return digits(completions)
 
     make("ours", rollout_func=rollout, reward_funcs=reward, max_steps=1).train()
-    with pytest.raises(ValueError, match="^The data have a column 'completion_steps', the name"):
+    with pytest.raises(ValueError, match=r"^The data have a column 'completion_steps', the name"):
         make("ours", rollout_func=rollout, reward_funcs=reward, advantage_estimator="reinforce_plus_plus").train()

@@ -347,7 +347,7 @@ def gmpo(monkeypatch):
 
 @pytest.mark.parametrize("option", ["token", "steps", "k2", "exact", "kl in reward"])
 def test_gmpo_refuses_what_its_loss_does_not_read(one_step, gmpo, option):
-    with pytest.raises(ValueError, match="gmpo_trainer.GMPOTrainer overrides _compute_loss without") as caught:
+    with pytest.raises(ValueError, match=r"gmpo_trainer.GMPOTrainer overrides _compute_loss without") as caught:
         one_step(gmpo, **OPTIONS[option])
     assert re.search(IN_WORDS[option], str(caught.value))
 
@@ -371,7 +371,7 @@ def test_an_error_before_the_loss_is_not_blamed_on_an_override_with_super(one_st
         def _compute_loss(self, model, inputs):
             return 2 * super()._compute_loss(model, inputs)
 
-    with pytest.raises(RuntimeError, match="^their own$"):
+    with pytest.raises(RuntimeError, match=r"^their own$"):
         one_step(Theirs, **OPTIONS["token"])
 
 
@@ -402,7 +402,7 @@ def test_a_result_without_what_exact_needs_is_named(one_step):
 
     theirs = subclass("_generate_and_score_completions", drop)
     with pytest.raises(
-        ValueError, match="their_code.Theirs overrides _gen.* and leaves .* remove kl_estimator='exact'"
+        ValueError, match=r"their_code.Theirs overrides _gen.* and leaves .* remove kl_estimator='exact'"
     ):
         one_step(theirs, **OPTIONS["exact"])
 
@@ -411,7 +411,7 @@ def test_a_method_replaced_on_the_object_is_seen_too(one_step):
     def replace(trainer):
         trainer._compute_loss = lambda model, inputs: TRL._compute_loss(trainer, model, inputs)
 
-    with pytest.raises(ValueError, match="overrides _compute_loss without .*kl_estimator='k2'"):
+    with pytest.raises(ValueError, match=r"overrides _compute_loss without .*kl_estimator='k2'"):
         one_step(GRPOTrainer, prepare=replace, **OPTIONS["k2"])
 
 
@@ -512,7 +512,9 @@ def test_a_config_may_mean_our_option(one_step, reference):
     ],
 )
 def test_trls_own_trainer_refuses_our_options(tiny_model, tmp_path, options):
-    with pytest.raises(ValueError, match="grpo_trainer.GRPOTrainer does not know the options of trl_ext that are set"):
+    with pytest.raises(
+        ValueError, match=r"grpo_trainer.GRPOTrainer does not know the options of trl_ext that are set"
+    ):
         build(TRL, GRPOConfig, tiny_model, tmp_path, **{"per_device_train_batch_size": 8, **options})
 
 
