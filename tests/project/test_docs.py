@@ -14,6 +14,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from recipes.gsm8k import exact_number, to_prompt
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
+from trl_ext.functional.rewards import RewardBatch
 from trl_ext.lookup import import_path
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
@@ -66,8 +67,8 @@ def test_the_estimator_of_the_docs_works(tmp_path, monkeypatch):
     (tmp_path / "my_estimators.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     function = import_path("my_estimators.clipped_mean")
-    rewards = torch.tensor([[0.0, 4.0], [0.0, 0.0]])
-    assert function(rewards, None, None, 2, limit=0.5).tolist() == [0.5, -0.5]
+    rewards, ones = torch.tensor([[0.0, 4.0], [0.0, 0.0]]), torch.ones(2, 2)
+    assert function(RewardBatch(rewards, ones.bool(), ones, 2), limit=0.5).tolist() == [0.5, -0.5]
 
 
 @pytest.mark.parametrize("module", [*FUNCTIONAL, "recipes.clock.task"])

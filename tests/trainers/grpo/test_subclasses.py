@@ -240,28 +240,9 @@ def step_advantages(completions):
     return rows
 
 
-def by_hand(seen, option, change, reference):
-    """Advantages per token, mean KL and gradient of one step, on the policy that sampled."""
-    policy = seen.trainer.model
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            parameter.copy_(seen.policy[name])
-    policy.zero_grad()
-    fields = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    prompts, prompt_masks, completions, masks = (seen.inputs[name] for name in fields)
-    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(prompts, prompt_masks, strict=True)]
-    completions = [ids[mask.bool()].tolist() for ids, mask in zip(completions, masks, strict=True)]
+def advantages_by_hand(completions, kls, option, change):
+    """One row of token advantages for each completion."""
     lengths = [len(ids) for ids in completions]
-    factor = 2.0 if change == "logps" else 1.0
-    logps, kls = [], []
-    for prompt, ids in zip(prompts, completions, strict=True):
-        sequence = torch.tensor([[*prompt, *ids]])
-        ours, theirs = (model(sequence).logits[0, -len(ids) - 1 : -1].log_softmax(-1) for model in (policy, reference))
-        chosen, of_reference = (x[range(len(ids)), ids] * factor for x in (ours, theirs))
-        exact = (ours.exp() * (ours - theirs)).sum(-1)
-        k1 = chosen - of_reference
-        kls.append({"k2": k1.square() / 2, "exact": exact, "kl in reward": k1}.get(option, 0 * k1))
-        logps.append(chosen)
     rewards = [r**2 if change == "rewards" else r for r in outcomes(completions)]
     if option == "kl in reward":
         rewards = [r - BETA * float(kl.sum()) for r, kl in zip(rewards, kls, strict=True)]
@@ -276,7 +257,32 @@ def by_hand(seen, option, change, reference):
         rows = [[a] * n for a, n in zip(per_row, lengths, strict=True)]
     if change == "advantages":
         rows = [[2 * a for a in row] for row in rows]
-    loss, tokens = 0.0, sum(lengths)
+    return rows
+
+
+def by_hand(seen, option, change, reference):
+    """Advantages per token, mean KL and gradient of one step, on the policy that sampled."""
+    policy = seen.trainer.model
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            parameter.copy_(seen.policy[name])
+    policy.zero_grad()
+    fields = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    prompts, prompt_masks, completions, masks = (seen.inputs[name] for name in fields)
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(prompts, prompt_masks, strict=True)]
+    completions = [ids[mask.bool()].tolist() for ids, mask in zip(completions, masks, strict=True)]
+    factor = 2.0 if change == "logps" else 1.0
+    logps, kls = [], []
+    for prompt, ids in zip(prompts, completions, strict=True):
+        sequence = torch.tensor([[*prompt, *ids]])
+        ours, theirs = (model(sequence).logits[0, -len(ids) - 1 : -1].log_softmax(-1) for model in (policy, reference))
+        chosen, of_reference = (x[range(len(ids)), ids] * factor for x in (ours, theirs))
+        exact = (ours.exp() * (ours - theirs)).sum(-1)
+        k1 = chosen - of_reference
+        kls.append({"k2": k1.square() / 2, "exact": exact, "kl in reward": k1}.get(option, 0 * k1))
+        logps.append(chosen)
+    rows = advantages_by_hand(completions, kls, option, change)
+    loss, tokens = 0.0, sum(len(ids) for ids in completions)
     for row, logp, kl in zip(rows, logps, kls, strict=True):
         ratio = (logp - logp.detach()).exp()
         penalty = BETA * kl if option in ("k2", "exact") else 0.0
@@ -381,7 +387,7 @@ def test_an_error_above_super_is_left_as_it_is(one_step):
             inputs["missing"]
             return super()._compute_loss(model, inputs)
 
-    with pytest.raises(KeyError, match="missing"):
+    with pytest.raises(KeyError, match=r"missing"):
         one_step(Theirs, **OPTIONS["k2"])
 
 
@@ -478,7 +484,7 @@ class Deliberate(GRPOConfig):
 
 
 def test_fields_that_a_config_declares_again_are_its_own(one_step):
-    with pytest.warns(UserWarning, match="declared by that class") as caught:
+    with pytest.warns(UserWarning, match=r"declared by that class") as caught:
         seen = one_step(GRPOTrainer, TheirConfig, beta=BETA)
     (warning,) = [w for w in caught if "declared by that class" in str(w.message)]
     for name in ("advantage_estimator", "kl_estimator", "callback_paths", "step_separator", "kl_target"):
@@ -493,7 +499,7 @@ def test_fields_that_a_config_declares_again_are_its_own(one_step):
 
 
 def test_a_value_of_theirs_that_is_also_ours_switches_nothing_on(one_step):
-    with pytest.warns(UserWarning, match="declared by that class"):
+    with pytest.warns(UserWarning, match=r"declared by that class"):
         seen = one_step(GRPOTrainer, TheirConfig, advantage_estimator="reinforce_plus_plus")
     assert not seen.trainer._is_ours and seen.inputs["advantages"].dim() == 1
 
