@@ -11,12 +11,10 @@ no effect.
 import functools
 import inspect
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 from transformers import Trainer
@@ -170,14 +168,18 @@ class Needed:
         """Called by the method itself."""
         self._options.pop(method, None)
 
-    def check(self, trainer: Any, method: str) -> None:
-        """Raises `ValueError` if `method` should have run by now and a subclass has kept it from running."""
+    def check(self, trainer: Any, method: str, error: Exception | None = None) -> None:
+        """
+        Raises `ValueError` if `method` should have run by now and a subclass has kept it from running. After an
+        `error` only for a whole override, which is what to tell the user first: a loss that takes one advantage per
+        completion may have been given several. Otherwise it is somebody's bug before a call of `super()`.
+        """
         if method not in self._options:
             return
         replaced = [n for n in self._ways[method] if n in vars(trainer) or overriding_class(trainer, self._base, n)]
-        whole = [name for name in replaced if self._code_of_whole(trainer, name)]
-        if replaced:
-            raise without_super(trainer, self._base, (whole or replaced)[0], self._options[method])
+        whole = [name for name in replaced if self._is_whole(trainer, method, name)]
+        if found := whole if error else whole or replaced:
+            raise without_super(trainer, self._base, found[0], self._options[method]) from error
 
     @contextmanager
     def after(self, trainer: Any) -> Iterator[None]:
@@ -185,28 +187,18 @@ class Needed:
         try:
             yield
         except Exception as error:
-            self._explain(trainer, error)
+            for method in self._options:
+                self.check(trainer, method, error)
             raise
         for method in self._options:
             self.check(trainer, method)
             raise UpstreamChanged(f"a training step does not call {method}")
 
-    def _explain(self, trainer: Any, error: Exception) -> None:
-        """
-        An error below a whole override is one of the option that it does not know: a loss that takes one advantage per
-        completion was given several, for example. Elsewhere, or before a call of `super()`, it is somebody's bug.
-        """
-        frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-        for method, option in self._options.items():
-            for name in self._ways[method]:
-                if self._code_of_whole(trainer, name) in frames:
-                    raise without_super(trainer, self._base, name, option) from error
-
-    def _code_of_whole(self, trainer: Any, name: str) -> CodeType | None:
-        """Of an override that does not mention its own name, as `super().name(...)` and `Base.name(self, ...)` do."""
-        cls = overriding_class(trainer, self._base, name)
-        code = cls and getattr(inspect.unwrap(vars(cls)[name]), "__code__", None)
-        return code if code and name not in code.co_names else None
+    def _is_whole(self, trainer: Any, method: str, name: str) -> bool:
+        """Whether an override mentions none of the names on the way, as `super().name(...)` or `self.method(...)`."""
+        override = vars(overriding_class(trainer, self._base, name) or object).get(name)
+        code = getattr(inspect.unwrap(override) if callable(override) else None, "__code__", None)
+        return code is not None and not {*self._ways[method]} & {*code.co_names}
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def three_tokens(result):
 
 
 def own_prepare_inputs(self, generation_batch):
-    return TRL._generate_and_score_completions(self, generation_batch)
+    return getattr(TRL, "_generate_and_score_completions")(self, generation_batch)  # noqa: B009 (inlined, in real code)
 
 
 def own_compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -379,6 +379,19 @@ def test_an_error_before_the_loss_is_not_blamed_on_an_override_with_super(one_st
 
     with pytest.raises(RuntimeError, match=r"^their own$"):
         one_step(Theirs, **OPTIONS["token"])
+
+
+@pytest.mark.parametrize("option", ["token", "k2"])
+def test_an_error_before_the_loss_is_not_blamed_on_a_copy_that_reaches_ours(one_step, option):
+    class Theirs(GRPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return self._compute_loss(model, inputs)
+
+        def _calculate_rewards(self, *args):
+            raise RuntimeError("their own")
+
+    with pytest.raises(RuntimeError, match=r"^their own$"):
+        one_step(Theirs, **OPTIONS[option])
 
 
 def test_an_error_above_super_is_left_as_it_is(one_step):
