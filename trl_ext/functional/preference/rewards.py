@@ -92,7 +92,17 @@ def odpo(batch: PairBatch, *, alpha: float = 1.0) -> torch.Tensor:
 
 
 def odpo_metrics(batch: PairBatch) -> dict[str, torch.Tensor]:
-    """Whether the offset of [`odpo`] is clamped, `(B,)`: the chosen completion does not have the higher score."""
+    """
+    What the trainer logs beside the loss of [`odpo`].
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs with `reward_margin`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `rewards/offset_clamped`, `(B,)`, whether the offset is clamped because the chosen
+        completion does not have the higher score.
+    """
     return {"rewards/offset_clamped": required_reward_margin(batch) < ODPO_FLOOR}
 
 
