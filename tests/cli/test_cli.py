@@ -16,7 +16,6 @@ from tiny import PROMPTS
 
 import trl_ext
 from trl_ext import cli
-from trl_ext.registration import _NAMES
 
 TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 SMALL = {
@@ -46,9 +45,9 @@ def folder(tmp_path, tiny_model, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import os\n\n\n"
         "def length(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n\n\n"
-        "def half(rewards, scored, completion_mask, num_generations):\n"
+        "def half(batch):\n"
         "    open(f\"rank{os.environ['RANK']}of{os.environ['WORLD_SIZE']}\", 'w').close()\n"
-        "    return rewards.sum(1) / 2\n"
+        "    return batch.rewards.sum(1) / 2\n"
     )
     options = {"model_name_or_path": tiny_model, "dataset_name": "data", "reward_funcs": ["mine.length"]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**options, **SMALL, **OURS, "use_cpu": True}))
@@ -107,7 +106,7 @@ def test_a_users_script_gets_our_classes_and_options_in_both_processes(folder):
     for rank in (0, 1):
         found = json.loads((folder / f"rank{rank}.json").read_text())
         assert found["grpo"] == "trl_ext.trainers.grpo.trainer" and found["same"]
-        assert found["dpo"] == _NAMES.get("DPOTrainer", "trl.trainer.dpo_trainer")
+        assert found["dpo"] == "trl_ext.trainers.dpo.trainer"
         assert found["processes"] == 2
         assert found["estimator"] == "reinforce_plus_plus" and "advantages/std" in found["logged"]
         script = str(folder / "user_script.py")

@@ -11,9 +11,8 @@ no effect.
 import functools
 import inspect
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -153,11 +152,11 @@ class Needed:
     Args:
         base (`type`):
             Our trainer class.
-        ways (`Mapping[str, tuple[str, ...]]`):
-            For each method the names on the way to it, itself included: a subclass may cut it off at any of them.
+        ways (`dict[str, Sequence[str]]`):
+            For each method the names on the way to it, itself first: a subclass may cut it off at any of them.
     """
 
-    def __init__(self, base: type, ways: Mapping[str, tuple[str, ...]]):
+    def __init__(self, base: type, ways: Mapping[str, Sequence[str]]):
         self._base, self._ways = base, ways
         self._options: dict[str, str] = {}
 
@@ -171,38 +170,35 @@ class Needed:
 
     def check(self, trainer: Any, method: str, error: Exception | None = None) -> None:
         """
-        Raises `ValueError` if `method` should have run by now and somebody's override has kept it from running. After
-        an `error` only if it came through an override that does not mention `super()`, which is then the reason to
-        give: a loss that takes one advantage per completion was given several, for example.
+        Raises `ValueError` if `method` should have run by now and a subclass has kept it from running. After an
+        `error` only for a whole override, which is what to tell the user first: a loss that takes one advantage per
+        completion may have been given several. Otherwise it is somebody's bug before a call of `super()`.
         """
         if method not in self._options:
             return
-        for name in self._ways[method]:
-            cls = overriding_class(trainer, self._base, name)
-            replaced = cls is not None or name in vars(trainer)
-            if replaced and (error is None or (cls is not None and _came_through(error, vars(cls)[name]))):
-                raise without_super(trainer, self._base, name, self._options[method]) from error
-        if error is None:
-            raise UpstreamChanged(f"a training step does not call {method}")
+        replaced = [n for n in self._ways[method] if n in vars(trainer) or overriding_class(trainer, self._base, n)]
+        whole = [name for name in replaced if self._is_whole(trainer, method, name)]
+        if found := whole if error else whole or replaced:
+            raise without_super(trainer, self._base, found[0], self._options[method]) from error
 
     @contextmanager
     def after(self, trainer: Any) -> Iterator[None]:
-        """Around everything in which the methods should run: [`check`] of each."""
+        """Around a training step, in which all of them should run."""
         try:
             yield
         except Exception as error:
-            for method in self._ways:
+            for method in self._options:
                 self.check(trainer, method, error)
             raise
-        for method in self._ways:
+        for method in self._options:
             self.check(trainer, method)
+            raise UpstreamChanged(f"a training step does not call {method}")
 
-
-def _came_through(error: Exception, override: Any) -> bool:
-    """Whether an error was raised below an override that does not mention `super()`."""
-    code = getattr(inspect.unwrap(override), "__code__", None)
-    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
-    return code is not None and "super" not in code.co_names and code in frames
+    def _is_whole(self, trainer: Any, method: str, name: str) -> bool:
+        """Whether an override mentions none of the names on the way, as `super().name(...)` or `self.method(...)`."""
+        override = vars(overriding_class(trainer, self._base, name) or object).get(name)
+        code = getattr(inspect.unwrap(override) if callable(override) else None, "__code__", None)
+        return code is not None and not {*self._ways[method]} & {*code.co_names}
 
 
 @contextmanager

@@ -91,22 +91,28 @@ def test_nothing_of_ours_runs_in_the_forward_and_the_loss(make, monkeypatch):
     assert type(trainer.beta) is float and not trainer.model._forward_hooks
 
 
+def count_collectives(trainer, patched):
+    calls = []
+
+    def note(name):
+        return lambda *args, **kwargs: calls.append(name)
+
+    for name in COLLECTIVES:
+        watch(patched, accelerate.Accelerator, name, note(name))
+    modules = [module for name, module in sys.modules.items() if name.startswith("trl_ext.")]
+    for module in [upstream, *modules]:
+        if isinstance(vars(module).get("gather_object"), FunctionType):
+            watch(patched, module, "gather_object", note("gather_object"))
+    trainer.train()
+    return calls
+
+
 def test_no_collective_is_added(make, monkeypatch):
     counts = {}
     for which in PAIRS:
-        calls, trainer = [], make(which)
         with monkeypatch.context() as patched:
-            for name in COLLECTIVES:
-                note = lambda *args, name=name, **kwargs: calls.append(name)  # noqa: E731
-                watch(patched, accelerate.Accelerator, name, note)
-            note = lambda *args, **kwargs: calls.append("gather_object")  # noqa: E731
-            watch(patched, upstream, "gather_object", note)
-            for module in [m for name, m in sys.modules.items() if name.startswith("trl_ext.")]:
-                if isinstance(vars(module).get("gather_object"), FunctionType):
-                    watch(patched, module, "gather_object", note)
-            trainer.train()
-        counts[which] = calls
-    assert counts["ours"] == counts["theirs"] and "gather" in counts["ours"] and "gather_object" in counts["ours"]
+            counts[which] = count_collectives(make(which), patched)
+    assert counts["ours"] == counts["theirs"] and {"gather", "gather_object", "reduce"} <= {*counts["ours"]}
 
 
 @pytest.mark.parametrize(
@@ -178,5 +184,5 @@ def test_a_column_that_appears_while_training_is_refused_too(make):
         return digits(completions)
 
     make("ours", rollout_func=rollout, reward_funcs=reward, max_steps=1).train()
-    with pytest.raises(ValueError, match="^The data have a column 'completion_steps', the name"):
+    with pytest.raises(ValueError, match=r"^The data have a column 'completion_steps', the name"):
         make("ours", rollout_func=rollout, reward_funcs=reward, advantage_estimator="reinforce_plus_plus").train()

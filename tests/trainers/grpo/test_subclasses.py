@@ -111,7 +111,7 @@ def three_tokens(result):
 
 
 def own_prepare_inputs(self, generation_batch):
-    return TRL._generate_and_score_completions(self, generation_batch)
+    return getattr(TRL, "_generate_and_score_completions")(self, generation_batch)  # noqa: B009 (inlined, in real code)
 
 
 def own_compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -240,28 +240,9 @@ def step_advantages(completions):
     return rows
 
 
-def by_hand(seen, option, change, reference):
-    """Advantages per token, mean KL and gradient of one step, on the policy that sampled."""
-    policy = seen.trainer.model
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            parameter.copy_(seen.policy[name])
-    policy.zero_grad()
-    fields = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    prompts, prompt_masks, completions, masks = (seen.inputs[name] for name in fields)
-    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(prompts, prompt_masks, strict=True)]
-    completions = [ids[mask.bool()].tolist() for ids, mask in zip(completions, masks, strict=True)]
+def advantages_by_hand(completions, kls, option, change):
+    """One row of token advantages for each completion."""
     lengths = [len(ids) for ids in completions]
-    factor = 2.0 if change == "logps" else 1.0
-    logps, kls = [], []
-    for prompt, ids in zip(prompts, completions, strict=True):
-        sequence = torch.tensor([[*prompt, *ids]])
-        ours, theirs = (model(sequence).logits[0, -len(ids) - 1 : -1].log_softmax(-1) for model in (policy, reference))
-        chosen, of_reference = (x[range(len(ids)), ids] * factor for x in (ours, theirs))
-        exact = (ours.exp() * (ours - theirs)).sum(-1)
-        k1 = chosen - of_reference
-        kls.append({"k2": k1.square() / 2, "exact": exact, "kl in reward": k1}.get(option, 0 * k1))
-        logps.append(chosen)
     rewards = [r**2 if change == "rewards" else r for r in outcomes(completions)]
     if option == "kl in reward":
         rewards = [r - BETA * float(kl.sum()) for r, kl in zip(rewards, kls, strict=True)]
@@ -276,7 +257,32 @@ def by_hand(seen, option, change, reference):
         rows = [[a] * n for a, n in zip(per_row, lengths, strict=True)]
     if change == "advantages":
         rows = [[2 * a for a in row] for row in rows]
-    loss, tokens = 0.0, sum(lengths)
+    return rows
+
+
+def by_hand(seen, option, change, reference):
+    """Advantages per token, mean KL and gradient of one step, on the policy that sampled."""
+    policy = seen.trainer.model
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            parameter.copy_(seen.policy[name])
+    policy.zero_grad()
+    fields = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    prompts, prompt_masks, completions, masks = (seen.inputs[name] for name in fields)
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(prompts, prompt_masks, strict=True)]
+    completions = [ids[mask.bool()].tolist() for ids, mask in zip(completions, masks, strict=True)]
+    factor = 2.0 if change == "logps" else 1.0
+    logps, kls = [], []
+    for prompt, ids in zip(prompts, completions, strict=True):
+        sequence = torch.tensor([[*prompt, *ids]])
+        ours, theirs = (model(sequence).logits[0, -len(ids) - 1 : -1].log_softmax(-1) for model in (policy, reference))
+        chosen, of_reference = (x[range(len(ids)), ids] * factor for x in (ours, theirs))
+        exact = (ours.exp() * (ours - theirs)).sum(-1)
+        k1 = chosen - of_reference
+        kls.append({"k2": k1.square() / 2, "exact": exact, "kl in reward": k1}.get(option, 0 * k1))
+        logps.append(chosen)
+    rows = advantages_by_hand(completions, kls, option, change)
+    loss, tokens = 0.0, sum(len(ids) for ids in completions)
     for row, logp, kl in zip(rows, logps, kls, strict=True):
         ratio = (logp - logp.detach()).exp()
         penalty = BETA * kl if option in ("k2", "exact") else 0.0
@@ -347,7 +353,7 @@ def gmpo(monkeypatch):
 
 @pytest.mark.parametrize("option", ["token", "steps", "k2", "exact", "kl in reward"])
 def test_gmpo_refuses_what_its_loss_does_not_read(one_step, gmpo, option):
-    with pytest.raises(ValueError, match="gmpo_trainer.GMPOTrainer overrides _compute_loss without") as caught:
+    with pytest.raises(ValueError, match=r"gmpo_trainer.GMPOTrainer overrides _compute_loss without") as caught:
         one_step(gmpo, **OPTIONS[option])
     assert re.search(IN_WORDS[option], str(caught.value))
 
@@ -365,9 +371,27 @@ def test_an_error_before_the_loss_is_not_blamed_on_an_override_with_super(one_st
     def fails(self, inputs, *args):
         raise RuntimeError("their own")
 
-    theirs = type("Theirs", (subclass("_compute_loss", twice),), {"_calculate_rewards": fails})
-    with pytest.raises(RuntimeError, match="^their own$"):
-        one_step(theirs, **OPTIONS["token"])
+    class Theirs(GRPOTrainer):
+        _calculate_rewards = fails
+
+        def _compute_loss(self, model, inputs):
+            return 2 * super()._compute_loss(model, inputs)
+
+    with pytest.raises(RuntimeError, match=r"^their own$"):
+        one_step(Theirs, **OPTIONS["token"])
+
+
+@pytest.mark.parametrize("option", ["token", "k2"])
+def test_an_error_before_the_loss_is_not_blamed_on_a_copy_that_reaches_ours(one_step, option):
+    class Theirs(GRPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return self._compute_loss(model, inputs)
+
+        def _calculate_rewards(self, *args):
+            raise RuntimeError("their own")
+
+    with pytest.raises(RuntimeError, match=r"^their own$"):
+        one_step(Theirs, **OPTIONS[option])
 
 
 def test_an_error_above_super_is_left_as_it_is(one_step):
@@ -376,7 +400,7 @@ def test_an_error_above_super_is_left_as_it_is(one_step):
             inputs["missing"]
             return super()._compute_loss(model, inputs)
 
-    with pytest.raises(KeyError, match="missing"):
+    with pytest.raises(KeyError, match=r"missing"):
         one_step(Theirs, **OPTIONS["k2"])
 
 
@@ -397,7 +421,7 @@ def test_a_result_without_what_exact_needs_is_named(one_step):
 
     theirs = subclass("_generate_and_score_completions", drop)
     with pytest.raises(
-        ValueError, match="their_code.Theirs overrides _gen.* and leaves .* remove kl_estimator='exact'"
+        ValueError, match=r"their_code.Theirs overrides _gen.* and leaves .* remove kl_estimator='exact'"
     ):
         one_step(theirs, **OPTIONS["exact"])
 
@@ -406,7 +430,7 @@ def test_a_method_replaced_on_the_object_is_seen_too(one_step):
     def replace(trainer):
         trainer._compute_loss = lambda model, inputs: TRL._compute_loss(trainer, model, inputs)
 
-    with pytest.raises(ValueError, match="overrides _compute_loss without .*kl_estimator='k2'"):
+    with pytest.raises(ValueError, match=r"overrides _compute_loss without .*kl_estimator='k2'"):
         one_step(GRPOTrainer, prepare=replace, **OPTIONS["k2"])
 
 
@@ -473,7 +497,7 @@ class Deliberate(GRPOConfig):
 
 
 def test_fields_that_a_config_declares_again_are_its_own(one_step):
-    with pytest.warns(UserWarning, match="declared by that class") as caught:
+    with pytest.warns(UserWarning, match=r"declared by that class") as caught:
         seen = one_step(GRPOTrainer, TheirConfig, beta=BETA)
     (warning,) = [w for w in caught if "declared by that class" in str(w.message)]
     for name in ("advantage_estimator", "kl_estimator", "callback_paths", "step_separator", "kl_target"):
@@ -488,7 +512,7 @@ def test_fields_that_a_config_declares_again_are_its_own(one_step):
 
 
 def test_a_value_of_theirs_that_is_also_ours_switches_nothing_on(one_step):
-    with pytest.warns(UserWarning, match="declared by that class"):
+    with pytest.warns(UserWarning, match=r"declared by that class"):
         seen = one_step(GRPOTrainer, TheirConfig, advantage_estimator="reinforce_plus_plus")
     assert not seen.trainer._is_ours and seen.inputs["advantages"].dim() == 1
 
@@ -507,7 +531,9 @@ def test_a_config_may_mean_our_option(one_step, reference):
     ],
 )
 def test_trls_own_trainer_refuses_our_options(tiny_model, tmp_path, options):
-    with pytest.raises(ValueError, match="grpo_trainer.GRPOTrainer does not know the options of trl_ext that are set"):
+    with pytest.raises(
+        ValueError, match=r"grpo_trainer.GRPOTrainer does not know the options of trl_ext that are set"
+    ):
         build(TRL, GRPOConfig, tiny_model, tmp_path, **{"per_device_train_batch_size": 8, **options})
 
 

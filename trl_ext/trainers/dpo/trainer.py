@@ -1,11 +1,11 @@
 """DPO with selectable preference losses: entries of TRL's own `loss_type`, and options that are off by default."""
 
-import contextlib
 import dataclasses
 import inspect
 import types
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
     _losses = PairLosses()  # false: everything is TRL's
     _states: Mapping[str, LossState] = types.MappingProxyType({})
     _columns: Mapping[str, str] = types.MappingProxyType({})
-    _needed: Needed  # methods without which an option has no effect
+    _needed: Needed  # what a subclass must not cut off
     _signature_columns: list[str]
     data_collator: Any
 
@@ -52,7 +52,6 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
         config = given.get("args")
         during: dict[str, Any] = {}
         self._losses = parse_losses(config) if isinstance(config, DPOConfig) else PairLosses()
-        self._needed = Needed(DPOTrainer, {"_compute_loss": ("_compute_loss", "compute_loss")})
         if isinstance(config, DPOConfig) and self._losses:
             self._columns, self._states = columns_of(config), self._losses.states(config.seed)
             for name in ("train_dataset", "eval_dataset"):
@@ -63,6 +62,7 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
         with overridden(config, **during):
             super().__init__(*args, **kwargs)
         if self._losses:
+            self._needed = Needed(DPOTrainer, {"_compute_loss": ("_compute_loss", "compute_loss")})
             self._needed.add("_compute_loss", f"loss_type={self.args.loss_type}")
         if self._is_ours:
             add_model_tag(self)
@@ -84,6 +84,8 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
             raise ValueError(f"loss_type {given['args'].loss_type} reads no reference model; do not pass ref_model.")
         images = {"image", "images"} & {*column_names(given.get("train_dataset"))}
         return {} if images else {"precompute_ref_log_probs": True}  # TRL's way of keeping none; not for images
+
+    # Data
 
     def _check_data(self, dataset, name: str):
         check_columns(dataset, name, self._columns)
@@ -125,7 +127,7 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
     # Loss
 
     def training_step(self, *args, **kwargs):
-        with self._needed.after(self) if self._losses else contextlib.nullcontext():
+        with self._needed.after(self) if self._losses else nullcontext():
             return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model, inputs, return_outputs):

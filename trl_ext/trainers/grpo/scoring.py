@@ -245,5 +245,6 @@ class Scoring:
             scored |= found
         device = local_mask.device
         rewards = self.gathered(rewards.to(device, torch.float32 if device.type == "mps" else torch.float64))
-        rollout.step_ends = self.gathered(is_end.to(device)).bool()
-        return rewards.double(), self.gathered(scored.to(device)).bool()
+        # As numbers: padding on some of the processes only would make a bool another type there.
+        rollout.step_ends = self.gathered(is_end.long().to(device)).bool()
+        return rewards.double(), self.gathered(scored.long().to(device)).bool()

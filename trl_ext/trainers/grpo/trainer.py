@@ -20,7 +20,7 @@ from .reward_calls import with_process_reward_model
 from .scoring import Rollout, Scoring
 
 _SCORE, _LOSS = "_generate_and_score_completions", "_compute_loss"
-_WAYS = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
+_WAYS: dict[str, tuple[str, ...]] = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
 
 
 class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
