@@ -226,10 +226,41 @@ def _recorded(function: Callable, results: list) -> Callable:
     return recorded
 
 
+def _tiny_model() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=4, num_key_value_heads=1, pad_token_id=0, eos_token_id=1, **size))
+
+
+def _packed_rows() -> None:
+    """A packed row needs the fused head's settings, a mask that is left alone, and a keyword for its layout."""
+    import torch
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from trl.trainer.utils import add_fused_lm_head
+
+    seen, model, name = [], _tiny_model(), "trl_ext_check"
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        seen.append((tuple(attention_mask.shape), kwargs.get("shared_prefix")))
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    add_fused_lm_head(model)
+    fused_head(model.forward)
+    model.config._attn_implementation = name
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    model.base_model(input_ids=torch.tensor([[2, 3]]), attention_mask=mask, shared_prefix="layout", use_cache=False)
+    if seen != [((1, 1, 1, 1), "layout")]:
+        raise UpstreamChanged("transformers does not hand mask and keywords on to the attention function as they are")
+
+
 def _tiny_trainer(folder: str) -> Any:
     from datasets import Dataset
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -241,9 +272,7 @@ def _tiny_trainer(folder: str) -> Any:
         ids = [[2 + i % 2] * (1 + i) for i in range(len(prompts))]
         return {"prompt_ids": [[2]] * len(prompts), "completion_ids": ids, "logprobs": [[0.0] * len(i) for i in ids]}
 
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
-    config = Qwen3Config(vocab_size=4, num_key_value_heads=1, pad_token_id=0, eos_token_id=1, **size)
-    Qwen3ForCausalLM(config).save_pretrained(folder)  # TRL loads the reference model from its path
+    _tiny_model().save_pretrained(folder)  # TRL loads the reference model from its path
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2, "b": 3}, unk_token="<pad>"))
     return Silent(
         model=folder,
@@ -263,5 +292,6 @@ CHECKS: dict[str, Callable[[], None]] = {
     "training commands start their workers through launch_training_script": _launcher,
     **{f"parameters of {path.removeprefix('trl.')}": partial(_parameters, path) for path in PARAMETERS},
     "GRPO's loss multiplies beta and the KL once": _kl_product,
+    "a packed row reaches the attention function, and the fused LM head says how it scores": _packed_rows,
     "GRPO scores a generation batch once and takes the log-probs once per loss": _one_generation_batch,
 }

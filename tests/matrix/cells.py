@@ -36,6 +36,7 @@ GRPO = {
     "process rewards": {**STEPS, "kl_estimator": "k2"},
     "process and outcome rewards": {**STEPS, "kl_estimator": "k2", "reward_funcs": [by_letters, tiny.digits]},
 }
+GRPO["shared prefix"] = {"kl_estimator": "exact", "shared_prefix": True}
 SOFT = {"preference_prob_column": "p"}
 DPO = {
     "IPO": {"loss_type": ["psipo_identity"]},
@@ -46,6 +47,7 @@ DPO = {
         "loss_type": ["psipo_identity"], "precompute_ref_log_probs": True, **SOFT,
     },
 }  # fmt: skip
+DPO["shared prefix, IPO"] = {"loss_type": ["psipo_identity"], "shared_prefix": True}
 FEATURES = {**GRPO, **DPO}
 
 

@@ -19,6 +19,7 @@ QUICK = [
     ("adapter", "process rewards"),
     ("4-bit", "REINFORCE++"),
     ("4-bit", "IPO, soft labels"),
+    ("4-bit", "shared prefix"),
 ]
 ALL = list(product(WEIGHTS, FEATURES))
 CELLS = [pytest.param(*cell, marks=[] if cell in QUICK else [pytest.mark.slow], id=", ".join(cell)) for cell in ALL]
@@ -71,6 +72,7 @@ def test_it_trains(cell, weights, feature):
     trainer, (_, before), _ = cell(weights, feature)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
+    assert ("shared prefix" in feature) == any(c["packed"] > 0 for c in trainer.shared_prefix_counts.values())
     after = trainable(trainer.model)
     assert after.keys() == before.keys()
     moved = [name for name in before if not torch.equal(before[name], after[name])]

@@ -420,5 +420,11 @@ def test_copies_and_pickles_are_as_with_trls_forward():
     install(made)
     assert NAME not in made.config.to_json_string()
     assert pickle.loads(pickle.dumps(made.config)).num_hidden_layers == 2
-    copied = copy.deepcopy(made)
-    assert torch.equal(copied.lm_head.weight, made.lm_head.weight)
+    copied, inputs = copy.deepcopy(made), batch()
+    with torch.no_grad():
+        copied.lm_head.weight.mul_(0.5)
+    expected = model()
+    expected.lm_head.weight.data.mul_(0.5)
+    torch.testing.assert_close(log_probs(copied, inputs), log_probs(expected, inputs), atol=1e-5, rtol=1e-5)
+    inputs["attention_mask"][0, 3] = 0  # TRL's forward, of the copy
+    assert torch.equal(log_probs(copied, inputs), log_probs(expected, inputs))

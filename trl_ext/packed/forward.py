@@ -32,7 +32,9 @@ class SharedPrefix:
     """
 
     def __init__(self, model: Any, entropy_gradient: bool, autocast: Callable[[], AbstractContextManager]):
-        self.fused_forward, self.autocast = model.forward, autocast
+        # Not bound to the model: a copy of the model brings itself.
+        self.fused_forward: Any = getattr(model.forward, "__func__", model.forward)
+        self._bound, self.autocast = self.fused_forward is not model.forward, autocast
         head = fused_head(model.forward)
         self.outputs, self.temperature = head["outputs"], head["temperature"]
         self.scale, self.softcap = head["logit_scale"], head["final_logit_softcapping"]
@@ -87,8 +89,7 @@ class SharedPrefix:
 
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not kwargs.get("fused_lm_head"):
-            with plain_attention(model):
-                return self.fused_forward(*args, **kwargs)
+            return self._theirs(model, args, kwargs)
         with self.autocast():
             packed = self._pack(model, args, kwargs)
             output = packed if isinstance(packed, str) else self._scored(model, packed, kwargs)
@@ -100,6 +101,10 @@ class SharedPrefix:
         self.counts["packed_tokens"] += packed.layout.total
         self.counts["padded_tokens"] += kwargs["input_ids"].numel()
         return output
+
+    def _theirs(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        with plain_attention(model):
+            return self.fused_forward(*([model] if self._bound else []), *args, **kwargs)
 
     def _padded(self, model: Any, reason: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """TRL's forward; each reason is said once."""
@@ -116,8 +121,7 @@ class SharedPrefix:
             hook = lambda _, inputs, output: collected.append(output.last_hidden_state)  # noqa: E731
             handle = model.base_model.register_forward_hook(hook)
         try:
-            with plain_attention(model):
-                return self.fused_forward(*args, **kwargs)
+            return self._theirs(model, args, kwargs)
         finally:
             if handle is not None:
                 handle.remove()
@@ -176,8 +180,7 @@ class SharedPrefix:
             states = self._hidden(model, again)
             head = model.get_output_embeddings()
             ours = self._of_trls_head(states.to(head.weight.device), head, again.targets)["log_probs"]
-            with plain_attention(model):
-                theirs = self.fused_forward(**two, fused_lm_head=True).log_probs
+            theirs = self._theirs(model, (), {**two, "fused_lm_head": True}).log_probs
         return different(model, ours, theirs[again.rows, again.columns], len(ours))
 
     def _hidden(self, model: Any, packed: Packed) -> torch.Tensor:

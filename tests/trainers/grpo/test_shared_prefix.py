@@ -1,6 +1,7 @@
 """`shared_prefix` in the GRPO trainer: fewer tokens, the same losses, gradients and updates as TRL's."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl_ext.packed import attention
 from trl_ext.packed.forward import NAME, shared_prefix_of
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
+from trl_ext.trainers.shared_prefix import check_shared_prefix
 
 OURS, TRLS = (GRPOTrainer, GRPOConfig), (trl.GRPOTrainer, trl.GRPOConfig)
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -377,6 +379,23 @@ def test_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="shared_prefix is not available with FSDP"):
         GRPOConfig("out", **CPU, shared_prefix=True)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("DeepSpeed ZeRO-3", {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}),
+        ("context parallelism", {"parallelism_config": SimpleNamespace(cp_enabled=True)}),
+        ("sequence parallelism", {"parallelism_config": SimpleNamespace(sp_enabled=True)}),
+        ("tensor parallelism", {"parallelism_config": SimpleNamespace(tp_enabled=True)}),
+    ],
+)
+def test_what_cuts_weights_or_sequences_is_refused(message, options):
+    known = {"shared_prefix": True, "torch_compile": False, "fsdp_plugin_args": None, "deepspeed_plugin": None,
+             "parallelism_config": None, "model_init_kwargs": None}  # fmt: skip
+    with pytest.raises(ValueError, match=f"shared_prefix is not available with {message}"):
+        check_shared_prefix(SimpleNamespace(**{**known, **options}))
+    check_shared_prefix(SimpleNamespace(**known))
 
 
 def test_another_attention_is_refused(made):
