@@ -111,7 +111,7 @@ def keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
 
 def callback_classes(paths: str | list[str] | None) -> list[Any]:
     """The classes at the dotted paths of the option `callback_paths`; a single string is a list of one."""
-    return [import_path(path) for path in ([paths] if isinstance(paths, str) else paths or [])]
+    return [import_path(path, "callback_paths") for path in ([paths] if isinstance(paths, str) else paths or [])]
 
 
 def add_callbacks(trainer: Any, paths: str | list[str] | None) -> None:

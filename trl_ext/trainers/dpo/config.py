@@ -8,6 +8,7 @@ from trl.trainer.dpo_config import DPOConfig as _DPOConfig
 from ...functional.preference import PREFERENCE_LOSSES, PSIS
 from ..foreign import OnlyInOurTrainer, option, options_set, warn_of_foreign_fields
 from ..interruptions import callback_classes
+from ..written import read_as_meant
 from .losses import TRL_LOSSES, parse_losses
 from .refusals import check_columns, check_loss_kwargs, check_losses
 
@@ -95,8 +96,9 @@ class DPOConfig(OnlyInOurTrainer, _DPOConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
         warn_of_foreign_fields(self)
+        read_as_meant(self)
+        super().__post_init__()
         callback_classes(option(self, "callback_paths"))
         check_columns(self)
         if (reduction := option(self, "logp_reduction")) not in (None, "sum", "mean"):

@@ -23,7 +23,7 @@ FIELDS_OF_ESTIMATORS = ("process_weight", "outcome_weight")  # options of an est
 
 def estimator_row(name: str) -> Estimator:
     """The row of an entry, or one for the function at a dotted path, of which nothing is known."""
-    found = lookup(name, ADVANTAGE_ESTIMATORS)
+    found = lookup(name, ADVANTAGE_ESTIMATORS, option="advantage_estimator")
     return found if isinstance(found, Estimator) else Estimator(found, per_token=None, steps="added")
 
 
@@ -181,7 +181,7 @@ def check_kl(options: Any) -> None:
     if placement not in DEFAULT_ESTIMATOR:
         raise ValueError(f"kl_placement must be 'loss' or 'reward', got {placement!r}.")
     if estimator != "exact":
-        lookup(estimator, KL_ESTIMATORS, also=["exact"])
+        lookup(estimator, KL_ESTIMATORS, also=["exact"], option="kl_estimator")
     (_check_kl_in_loss if placement == "loss" else _check_kl_in_reward)(options, estimator)
     _check_controller(options)
 
@@ -271,7 +271,7 @@ def check_steps(options: Any) -> None:
     if not isinstance(options.step_separator, str) or not options.step_separator:
         raise ValueError(f"step_separator must be a text of at least one character, got {options.step_separator!r}.")
     if options.step_ends_function is not None:
-        import_path(options.step_ends_function)
+        import_path(options.step_ends_function, "step_ends_function")
         if options.step_separator != "\n":
             raise ValueError(
                 "step_ends_function finds the steps by itself, so step_separator is not read. Remove one."

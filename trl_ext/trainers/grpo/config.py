@@ -9,6 +9,7 @@ from ...functional.kl import KL_ESTIMATORS
 from ..foreign import OnlyInOurTrainer, Options, warn_of_foreign_fields
 from ..input_checks import quoted
 from ..interruptions import callback_classes
+from ..written import read_as_meant
 from .checks import check_advantages, check_kl, check_num_generations, check_steps
 
 
@@ -141,6 +142,7 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
 
     def __post_init__(self):
         warn_of_foreign_fields(self)
+        read_as_meant(self)
         options = Options(self)
         if self.num_generations == 1 and options.advantage_estimator is not None:
             check_num_generations(options)
