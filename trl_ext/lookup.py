@@ -31,16 +31,16 @@ def lookup(name: str, table: Mapping[str, Any], also: Collection[str] = (), opti
         names = sorted([*table, *also])
         raise ValueError(
             f"{_of(option)}{name!r} is neither one of {names} nor a dotted path such as 'my_package.my_function'"
-            f"{did_you_mean(name, names)}."
+            f"{did_you_mean(name, names)}"
         )
     return import_path(name, option)
 
 
 def did_you_mean(name: Any, names: Collection[str]) -> str:
-    """The end of a sentence that says which of `names` is the closest; nothing if none is close."""
+    """The end of a sentence: which of `names` is the closest; a full stop if none is close."""
     plain = str(name).lower().replace("-", "_").replace("+", "_plus")
     closest = difflib.get_close_matches(plain, names, n=1)
-    return f"; did you mean {closest[0]!r}?" if closest else ""
+    return f"; did you mean {closest[0]!r}?" if closest else "."
 
 
 def import_path(path: str, option: str = "") -> Callable[..., Any]:
@@ -65,15 +65,15 @@ def import_path(path: str, option: str = "") -> Callable[..., Any]:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module was found; what it imports itself is missing
         raise ValueError(
-            f"{_of(option)}{path!r} cannot be imported: there is no module {error.name!r}. Install it, or start the run "
-            "from the folder that contains it."
+            f"{_of(option)}{path!r} cannot be imported: there is no module {error.name!r}. Install it, or start the "
+            "run from the folder that contains it."
         ) from error
     try:
         found = getattr(module, attribute)
     except AttributeError as error:
         raise ValueError(
             f"{_of(option)}{path!r} cannot be imported: module {module_name!r} has no {attribute!r}"
-            f"{did_you_mean(attribute, dir(module))}."
+            f"{did_you_mean(attribute, dir(module))}"
         ) from error
     if not callable(found):
         raise ValueError(f"{_of(option)}{path!r} is of type {type(found).__name__}, which cannot be called.")

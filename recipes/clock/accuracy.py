@@ -28,8 +28,8 @@ def write_completions(model, tokenizer, rows: list[dict], do_sample: bool, seed:
     """
     The model's completion of each row's prompt, all in one batch, at most 64 tokens each.
 
-    Of the model's own generation config nothing is used. It, the random state of the CPU and of the model's device, and
-    each module's train or eval mode are afterwards as they were.
+    Of the model's own generation config nothing is used. It, the random state of the CPU and of the model's device,
+    and each module's train or eval mode are afterwards as they were.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):

@@ -12,8 +12,8 @@ def bare_generation_config(model: torch.nn.Module) -> Iterator[None]:
     """
     `model` with an empty `generation_config`; afterwards with its own again.
 
-    `generate` takes from the model's own whatever the config of the call does not set: repetition penalty, beams, least
-    length, stop strings, number of sequences. Samples would then come from another distribution than the policy's.
+    `generate` takes from the model's own whatever the config of the call does not set: repetition penalty, beams,
+    least length, stop strings, number of sequences. Samples would then not come from the policy's distribution.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..lookup import import_path
+from .model_card import replace_card_of_adapter
 
 _STATE_FILE = "trl_ext_state.json"
 
@@ -153,11 +154,13 @@ class Interruptible:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _save_checkpoint(self, model, trial):
-        if self._is_ours:
-            folder, state = begin_checkpoint(self, trial), self.get_extra_state()
-            if state and self.args.should_save:  # before the trainer's own state makes the folder whole
-                (folder / _STATE_FILE).write_text(json.dumps(state))
+        if not self._is_ours:
+            return super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        folder, state = begin_checkpoint(self, trial), self.get_extra_state()
+        if state and self.args.should_save:  # before the trainer's own state makes the folder whole
+            (folder / _STATE_FILE).write_text(json.dumps(state))
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        replace_card_of_adapter(self, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]

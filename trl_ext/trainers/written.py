@@ -3,8 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
@@ -22,28 +21,23 @@ def read_as_meant(config: Any) -> None:
     `resume_from_checkpoint` may be `true` from a shell, unless there is a folder of that name.
 
     Raises:
-        `ValueError`: If a text that begins with a brace is no mapping, or if an option that is no switch is a boolean.
+        `ValueError`: If a text that begins with a brace is no mapping, or an option that is no switch is a boolean.
     """
-    ours = {
-        name: config.__dataclass_fields__[name] for name in our_fields(config) if name not in foreign_fields(config)
-    }
-    for name, field in ours.items():
+    foreign = foreign_fields(config)
+    for name, default in our_fields(config).items():
         value = getattr(config, name)
-        if isinstance(value, bool) and bool not in (field.type, *get_args(field.type)):
+        if name in foreign:
+            continue
+        if isinstance(value, bool) and not isinstance(default, bool):
             raise ValueError(
-                f"{name} is no switch, got {value}. For its default leave it out, or write null. (YAML reads yes, no, on "
-                "and off as booleans; a text in quotes is a text.)"
+                f"{name} is no switch, got {value}. For its default leave it out, or write null. (YAML reads yes, no, "
+                "on and off as booleans; a text in quotes is a text.)"
             )
-        if dict in _types(field.type):
+        if name in config._VALID_DICT_FIELDS:
             setattr(config, name, with_numbers(mapping(name, value)))
     resume = config.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false") and not os.path.isdir(resume):
         config.resume_from_checkpoint = True if resume.lower() == "true" else None
-
-
-def _types(annotation: Any) -> Sequence[Any]:
-    """The types of a union without their parameters: `dict` of `dict[str, Any] | None`."""
-    return [getattr(part, "__origin__", part) for part in (annotation, *get_args(annotation))]
 
 
 def mapping(name: str, value: Any) -> Any:
@@ -52,7 +46,7 @@ def mapping(name: str, value: Any) -> Any:
         return value
     try:
         json.loads(value)
-        return value  # TRL's config reads JSON itself
+        return value
     except ValueError:
         pass
     try:

@@ -42,7 +42,7 @@ def pair_loss(batch, *, strength=1.0):
         ),
         (
             {"loss_type": ["rpo_sq"], "chosen_reward_column": "good", "rejected_reward_column": "good"},
-            "chosen_reward_column and rejected_reward_column are both 'good', so that every difference of scores is 0.",
+            "chosen_reward_column and rejected_reward_column are both 'good', so that every difference of scores is",
         ),
         ({"loss_type": ["chipo"], "loss_kwargs": {"chipo": {"bound": -1}}}, "bound must be positive, got -1."),
         ({"loss_type": ["dpop"], "loss_kwargs": {"dpop": {"lam": -5}}}, "lam must be at least 0, got -5."),

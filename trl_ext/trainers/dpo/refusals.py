@@ -24,7 +24,8 @@ def check_columns(config: Any) -> None:
         )
     if chosen is not None and chosen == rejected:
         raise ValueError(
-            f"chosen_reward_column and rejected_reward_column are both {chosen!r}, so that every difference of scores is 0."
+            f"chosen_reward_column and rejected_reward_column are both {chosen!r}, so that every difference of scores "
+            "is 0."
         )
     if not is_number(scale) or scale == 0.0:
         raise ValueError(f"reward_margin_scale must be a finite number and not 0, got {scale!r}.")
@@ -155,8 +156,8 @@ def _check_one(config, loss):
         _check_hard_labels(loss, _pairs(config, [1.0]))
     if loss.name == "simpo" and config.beta == 0.1:
         warnings.warn(
-            "loss_type 'simpo' with beta=0.1, which is TRL's default: SimPO's margin is one of means over the tokens, and "
-            "its paper has 2 and more. Set beta.",
+            "loss_type 'simpo' with beta=0.1, which is TRL's default: SimPO's margin is one of means over the tokens, "
+            "and its paper has 2 and more. Set beta.",
             stacklevel=5,
         )
 
