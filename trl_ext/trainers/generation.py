@@ -22,7 +22,7 @@ def bare_generation_config(model: torch.nn.Module) -> Iterator[None]:
     holders = [part for part in model.modules() if "generation_config" in vars(part)]
     before = [part.generation_config for part in holders]
     for part in holders:
-        part.generation_config = GenerationConfig()  # type: ignore[assignment]
+        part.generation_config = GenerationConfig()
     try:
         yield
     finally:
