@@ -41,9 +41,9 @@ def folder(tmp_path, tiny_model, monkeypatch):
         "import os\n\n\n"
         "def length(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n\n\n"
         "def broken(completions, **kwargs):\n    raise KeyError('answer')\n\n\n"
-        "def half(rewards, scored, completion_mask, num_generations):\n"
+        "def half(batch):\n"
         "    open(f\"rank{os.environ['RANK']}of{os.environ['WORLD_SIZE']}\", 'w').close()\n"
-        "    return rewards.sum(1) / 2\n"
+        "    return batch.rewards.sum(1) / 2\n"
     )
     options = {"model_name_or_path": tiny_model, "dataset_name": "data", "reward_funcs": ["mine.length"]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**options, **SMALL, **OURS, "use_cpu": True}))

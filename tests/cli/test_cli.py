@@ -15,7 +15,6 @@ import yaml
 
 import trl_ext
 from trl_ext import cli
-from trl_ext.registration import _NAMES
 
 TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
@@ -61,7 +60,7 @@ def test_a_users_script_gets_our_classes_and_options_in_both_processes(folder):
     for rank in (0, 1):
         found = json.loads((folder / f"rank{rank}.json").read_text())
         assert found["grpo"] == "trl_ext.trainers.grpo.trainer" and found["same"]
-        assert found["dpo"] == _NAMES.get("DPOTrainer", "trl.trainer.dpo_trainer")
+        assert found["dpo"] == "trl_ext.trainers.dpo.trainer"
         assert found["processes"] == 2
         assert found["estimator"] == "reinforce_plus_plus" and "advantages/std" in found["logged"]
         script = str(folder / "user_script.py")

@@ -13,20 +13,43 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS, PER_TOKEN
+from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.functional.kl import KL_ESTIMATORS, kl_in_loss
 from trl_ext.functional.preference import PREFERENCE_LOSSES, PairBatch
-from trl_ext.functional.process_rewards import process_group_relative, reward_at_steps
-from trl_ext.functional.reductions import nearly_equal, reward_at_end, reward_to_go, weighted_mean, whiten
+from trl_ext.functional.process_rewards import step_advantages
+from trl_ext.functional.reductions import is_constant, reward_to_go, weighted_mean, whiten
+from trl_ext.functional.rewards import RewardBatch, reward_at_end, reward_at_steps
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 EXPONENTS = st.integers(-30, 30)
-UNIT_FREE = {"group_relative", "reinforce_plus_plus", "reinforce_plus_plus_baseline"}
+UNIT_FREE = {"group_relative", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "process_group_relative"}
+
+
+def of_outcomes(name):
+    """An estimator as a function of the rewards of completions: `(rewards, scored, mask, group size)`."""
+    return lambda *batch: ADVANTAGE_ESTIMATORS[name].function(RewardBatch(*batch))
+
+
+def of_steps(name, **options):
+    """The same, of the rewards of steps."""
+
+    def function(rewards, scored, mask, size):
+        nothing = torch.zeros_like(rewards), torch.zeros_like(scored)
+        batch = RewardBatch(*nothing, mask, size, steps=rewards, steps_scored=scored)
+        return ADVANTAGE_ESTIMATORS[name].function(batch, **options)
+
+    return function
+
+
 CREDITS = {
-    f"process, {credit}": lambda *batch, credit=credit: process_group_relative(*batch, credit=credit)
+    f"process, {credit}": lambda *batch, credit=credit: step_advantages(*batch, credit=credit)
     for credit in ("sum", "mean", "min", "softmin")
 }
-ESTIMATORS = ADVANTAGE_ESTIMATORS | CREDITS
+OF_OUTCOMES = {name: of_outcomes(name) for name, row in ADVANTAGE_ESTIMATORS.items() if row.steps != "needed"}
+OF_STEPS = {f"{name}, steps": of_steps(name) for name, row in ADVANTAGE_ESTIMATORS.items() if row.steps != "refused"}
+ESTIMATORS = OF_OUTCOMES | OF_STEPS | CREDITS
+PER_TOKEN = [*(name for name in OF_OUTCOMES if ADVANTAGE_ESTIMATORS[name].per_token), *OF_STEPS, *CREDITS]
+UNIT_FREE |= {f"{name}, steps" for name in UNIT_FREE} | {*CREDITS}
 some = settings(max_examples=60, deadline=None)
 
 
@@ -79,7 +102,7 @@ def test_advantages_of_any_dtype_are_those_of_float64_rounded_once(name, batch):
     exact = quietly(ESTIMATORS[name], rewards.double(), scored, mask, size)
     assert exact.isfinite().all() and not advantages.isnan().any()
     assert same(advantages, exact.to(rewards.dtype)) and on_cpu(advantages, rewards.dtype)
-    if name in UNIT_FREE | {*CREDITS}:
+    if name in UNIT_FREE:
         assert advantages.isfinite().all()
     assert all(same(a, b) for a, b in zip(batch[:3], before, strict=True)), "inputs are left as they were"
 
@@ -90,7 +113,7 @@ def test_advantages_of_any_dtype_are_those_of_float64_rounded_once(name, batch):
 def test_order_and_padding_change_no_advantage_at_any_magnitude(name, batch, shift, data):
     rewards, scored, mask, size = batch
     rewards = rewards.double()
-    scale = max(1.0, rewards.abs().max().item()) if name not in UNIT_FREE | {*CREDITS} else 1.0
+    scale = max(1.0, rewards.abs().max().item()) if name not in UNIT_FREE else 1.0
     # The difference of two sums in another order is rounding of the largest summand, over eps = 1e-4 at least.
     tolerance = {"atol": 1e-9 * scale + 1e-11 * rewards.abs().max().item(), "rtol": 1e-9}
     advantages = quietly(ESTIMATORS[name], rewards, scored, mask, size)
@@ -106,7 +129,7 @@ def test_order_and_padding_change_no_advantage_at_any_magnitude(name, batch, shi
     torch.testing.assert_close(padded if padded.dim() == 1 else padded[:, :-shift], advantages, **tolerance)
 
 
-@pytest.mark.parametrize("name", [*PER_TOKEN, *CREDITS])
+@pytest.mark.parametrize("name", PER_TOKEN)
 @some
 @given(batch=token_rewards(), data=st.data())
 def test_a_hole_in_a_row_separates_nothing(name, batch, data):
@@ -124,6 +147,44 @@ def test_a_hole_in_a_row_separates_nothing(name, batch, data):
     if size_of_sums < 1e9:  # beyond, rounding in another order is larger than the eps that scales it
         rounding = 4 * torch.finfo(rewards.dtype).eps
         torch.testing.assert_close(left.double(), advantages.double(), rtol=rounding, atol=1e-9 + 1e-11 * size_of_sums)
+
+
+@st.composite
+def whole_batches(draw):
+    """What an estimator may be given at once: outcomes, steps and a KL penalty, each in a dtype of its own."""
+    rewards, scored, mask, size = draw(token_rewards())
+    outcome, outcome_scored = reward_at_end(rewards[:, 0].where(scored[:, 0], torch.nan), mask)
+    dtypes = [draw(st.sampled_from(DTYPES)) for _ in range(2)]
+    penalty, steps = (numbers(draw, rewards.shape, dtype, draw(EXPONENTS)) for dtype in dtypes)
+    steps_scored = scored.flip(1)
+    fields = {
+        "outcome": outcome,
+        "outcome_scored": outcome_scored,
+        "mask": mask,
+        "num_generations": size,
+        "steps": steps.where(steps_scored, torch.zeros((), dtype=steps.dtype)),
+        "steps_scored": steps_scored,
+        "kl_penalty": penalty * mask,
+    }
+    return fields
+
+
+@pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
+@some
+@given(fields=whole_batches())
+def test_outcomes_steps_and_kl_of_any_dtype_are_those_of_float64_rounded_once(name, fields):
+    row = ADVANTAGE_ESTIMATORS[name]
+    fields |= {"kl_penalty": None} if row.steps == "needed" else {}
+    fields |= {"steps": None, "steps_scored": None} if row.steps == "refused" else {}
+    before = {key: value.clone() for key, value in fields.items() if isinstance(value, torch.Tensor)}
+    doubled = {key: fields[key].double() for key in ("outcome", "steps", "kl_penalty") if fields[key] is not None}
+    advantages, exact = (
+        quietly(lambda given_fields: row.function(RewardBatch(**given_fields)), given_fields)
+        for given_fields in (fields, fields | doubled)
+    )
+    dtype = fields["outcome"].dtype
+    assert exact.isfinite().all() and same(advantages, exact.to(dtype)) and on_cpu(advantages, dtype)
+    assert all(same(fields[key], value) for key, value in before.items()), "inputs are left as they were"
 
 
 # Reductions
@@ -157,7 +218,7 @@ def test_whitened_values_are_finite_and_rounded_once(batch, correction, by_row):
     ):
         assert same(actual, exact.to(values.dtype)) and on_cpu(actual, values.dtype)
     assert mean.isfinite() and result[weights > 0].isfinite().all() and not result.isnan().any()
-    assert nearly_equal(values, mask.bool(), dim=1).dtype == torch.bool
+    assert is_constant(values, mask.bool(), dim=1).dtype == torch.bool
     assert same(values, before[0]) and same(weights, before[1])
 
 
@@ -183,11 +244,12 @@ def test_step_rewards_are_found_again_where_the_steps_end(data, exponent, pad):
         [None if data.draw(st.booleans()) else data.draw(st.floats(-4, 4)) * 10.0**exponent for _ in row]
         for row in places
     ]
-    rewards = reward_at_steps(values, places, width + pad)
-    assert on_cpu(rewards, torch.float32) and rewards.shape == (len(places), width + pad)
-    for row, ends, given_values in zip(rewards, places, values, strict=True):
+    rewards, scored = reward_at_steps(values, places, width + pad)
+    assert on_cpu(rewards, torch.float32) and rewards.shape == scored.shape == (len(places), width + pad)
+    assert not rewards[~scored].any()
+    for row, found, ends, given_values in zip(rewards, scored, places, values, strict=True):
         known = {end: value for end, value in zip(ends, given_values, strict=True) if value is not None}
-        assert {*row.isnan().logical_not().nonzero().flatten().tolist()} == {*known}
+        assert {*found.nonzero().flatten().tolist()} == {*known}
         assert all(row[end] == torch.tensor(value, dtype=torch.float32) for end, value in known.items())
 
 

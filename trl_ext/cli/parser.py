@@ -70,7 +70,8 @@ def _refuse_unknown(parser: argparse.ArgumentParser, names: list[str]) -> None:
         plain = name.replace("-", "_")
         if plain in theirs:
             continue
-        other = next((command for command in _WITH_OUR_OPTIONS if plain in _options_of_command(command)), None)
+        others = [command for command in _WITH_OUR_OPTIONS if not parser.prog.endswith(f" {command}")]
+        other = next((command for command in others if name in _options_of_command(command)), None)
         if other is not None:
             raise ValueError(f"{name!r} is an option of `trl-ext {other}`, not of `{parser.prog}`.")
         closest = difflib.get_close_matches(plain, [*_options(parser), *theirs, "config"], n=1)

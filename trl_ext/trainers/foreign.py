@@ -4,7 +4,7 @@ no effect.
 
 * A field of ours that somebody else's config declares again is theirs: [`foreign_fields`], [`option`].
 * A method of TRL's that somebody else's trainer overrides without `super()` is named: [`overriding_class`],
-  [`overridden_without_super`].
+  [`Needed`].
 * A config of ours in a trainer that is not ours is refused: [`OnlyInOurTrainer`].
 """
 
@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -127,55 +127,12 @@ def warn_of_foreign_fields(config: Any, stacklevel: int = 4) -> None:
 
 def overriding_class(trainer: Any, base: type, method: str) -> type | None:
     """
-    Somebody else's class that stands before `base`, our trainer, in the order of ancestors of `trainer` and defines
-    `method`; the first such. `None`: nobody overrides it.
+    Somebody else's class that stands before the class that `base`, our trainer, extends, in the order of ancestors of
+    `trainer`, and defines `method`; the first such. `None`: nobody overrides it.
     """
-    mro = type(trainer).__mro__
-    before = mro[: mro.index(base)] if base in mro else ()
+    mro, theirs = type(trainer).__mro__, next(cls for cls in base.__mro__ if not is_ours(cls))
+    before = mro[: mro.index(theirs)] if theirs in mro else ()
     return next((cls for cls in before if method in vars(cls) and not is_ours(cls)), None)
-
-
-@contextmanager
-def overridden_without_super(
-    trainer: Any, base: type, methods: Sequence[str], option: str, ran: Callable[[], bool]
-) -> Iterator[None]:
-    """
-    Around a training step of a trainer with `option`, which needs one of `base`'s `methods` to run. If it has not when
-    the step ends, or fails because of that, the error says whose class is why.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            Trainer that makes the step.
-        base (`type`):
-            Our trainer class.
-        methods (`Sequence[str]`):
-            Methods through which ours is reached, the innermost first.
-        option (`str`):
-            The option, as the user wrote it.
-        ran (`Callable`):
-            Whether our method has run.
-
-    Raises:
-        `ValueError`: [`without_super`].
-    """
-    overridden = [name for name in methods if overriding_class(trainer, base, name)]
-    mute = [name for name in overridden if not _names_itself(trainer, base, name)]
-    try:
-        yield
-    except Exception as error:
-        if not ran() and mute:  # another's bug, before a call of super(), is no matter of ours
-            raise without_super(trainer, base, mute[0], option) from error
-        raise
-    if not ran():
-        if not overridden and all(name not in vars(trainer) for name in methods):
-            raise UpstreamChanged(f"a training step does not call {methods[0]}")
-        raise without_super(trainer, base, (mute or overridden or methods)[0], option)
-
-
-def _names_itself(trainer: Any, base: type, method: str) -> bool:
-    """Whether the overriding method mentions its own name, as in `super().method(...)` or `Base.method(self, ...)`."""
-    function = inspect.unwrap(vars(overriding_class(trainer, base, method))[method])
-    return method in getattr(getattr(function, "__code__", None), "co_names", ())
 
 
 def without_super(trainer: Any, base: type, method: str, option: str) -> ValueError:
@@ -186,6 +143,62 @@ def without_super(trainer: Any, base: type, method: str, option: str) -> ValueEr
         f"{option} has no effect with it. Call super().{method}(...) there and change its result, or remove the "
         "option."
     )
+
+
+class Needed:
+    """
+    The methods of ours without which an option has no effect, until each has run once.
+
+    Args:
+        base (`type`):
+            Our trainer class.
+        ways (`dict[str, Sequence[str]]`):
+            For each method the names on the way to it, itself first: a subclass may cut it off at any of them.
+    """
+
+    def __init__(self, base: type, ways: Mapping[str, Sequence[str]]):
+        self._base, self._ways = base, ways
+        self._options: dict[str, str] = {}
+
+    def add(self, method: str, option: str) -> None:
+        """`option`, in the words of a sentence, needs `method`."""
+        self._options.setdefault(method, option)
+
+    def has_run(self, method: str) -> None:
+        """Called by the method itself."""
+        self._options.pop(method, None)
+
+    def check(self, trainer: Any, method: str, error: Exception | None = None) -> None:
+        """
+        Raises `ValueError` if `method` should have run by now and a subclass has kept it from running. After an
+        `error` only for a whole override, which is what to tell the user first: a loss that takes one advantage per
+        completion may have been given several. Otherwise it is somebody's bug before a call of `super()`.
+        """
+        if method not in self._options:
+            return
+        replaced = [n for n in self._ways[method] if n in vars(trainer) or overriding_class(trainer, self._base, n)]
+        whole = [name for name in replaced if self._is_whole(trainer, method, name)]
+        if found := whole if error else whole or replaced:
+            raise without_super(trainer, self._base, found[0], self._options[method]) from error
+
+    @contextmanager
+    def after(self, trainer: Any) -> Iterator[None]:
+        """Around a training step, in which all of them should run."""
+        try:
+            yield
+        except Exception as error:
+            for method in self._options:
+                self.check(trainer, method, error)
+            raise
+        for method in self._options:
+            self.check(trainer, method)
+            raise UpstreamChanged(f"a training step does not call {method}")
+
+    def _is_whole(self, trainer: Any, method: str, name: str) -> bool:
+        """Whether an override mentions none of the names on the way, as `super().name(...)` or `self.method(...)`."""
+        override = vars(overriding_class(trainer, self._base, name) or object).get(name)
+        code = getattr(inspect.unwrap(override) if callable(override) else None, "__code__", None)
+        return code is not None and not {*self._ways[method]} & {*code.co_names}
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def test_with_nothing_of_ours_set_trl_gets_what_the_user_gave(tiny_model, tmp_pa
     for name in names:
         watched(name)
     refuse = lambda *args, **kwargs: pytest.fail("ours was asked")  # noqa: E731
-    for name in ("require_texts", "require_columns", "require_eos", "pair_batch", "overridden_without_super"):
+    for name in ("require_texts", "require_columns", "require_eos", "pair_batch", "Needed"):
         monkeypatch.setattr(f"trl_ext.trainers.dpo.trainer.{name}", refuse)
     monkeypatch.setattr("trl_ext.trainers.dpo.trainer.CollatorWithColumns", refuse)
     rows = pairs(4)

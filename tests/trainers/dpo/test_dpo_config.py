@@ -72,8 +72,8 @@ def pair_loss(batch, *, strength=1.0):
             "reward_margin_scale is the factor on the difference of two scores; set chosen_reward_column and",
         ),
         ({**IPO, "callback_paths": ["test_dpo_config.Nothing"]}, "'test_dpo_config.Nothing' cannot be imported"),
-        ({**IPO, "callback_paths": "Nothing"}, "'Nothing' is no dotted path such as 'my_package.my_function'."),
-        ({**IPO, "callback_paths": ["push-to.hub"]}, "'push-to.hub' is no dotted path such as"),
+        ({**IPO, "callback_paths": "Nothing"}, "'Nothing' is not a dotted path such as 'my_package.my_function'."),
+        ({**IPO, "callback_paths": ["push-to.hub"]}, "'push-to.hub' is not a dotted path such as"),
         # psi
         ({**IPO, "psi": "identity"}, "psi and loss_type 'psipo' need each other; set both, or neither."),
         ({"loss_type": ["psipo"]}, "psi and loss_type 'psipo' need each other; set both, or neither."),

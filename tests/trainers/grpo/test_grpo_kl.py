@@ -317,7 +317,9 @@ def test_a_loss_that_does_not_ask_for_the_product_is_an_error(pairs, monkeypatch
             self.beta = beta
 
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", without_kl)
-    with pytest.raises(RuntimeError, match=r"TRL .* is not laid out .*: the loss does not multiply beta by the KL"):
+    with pytest.raises(
+        RuntimeError, match=r"TRL .* is not laid out .*: _compute_loss does not multiply beta by the KL"
+    ):
         trainer._compute_loss(trainer.model, inputs)
     assert trainer.beta == BETA and type(trainer.beta) is float, "beta is restored whatever happens"
 

@@ -66,7 +66,16 @@ def rpo_fwd_kl(batch: PairBatch) -> torch.Tensor:
 
 
 def rpo_sq_target(batch: PairBatch) -> torch.Tensor:
-    r"""Margin at which [`rpo_sq`] is zero, `(B,)`, nats: \\(\Delta/\beta\\)."""
+    r"""
+    Margin at which [`rpo_sq`] is zero: \\(\Delta/\beta\\).
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs with `reward_margin`.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Margin of each pair, in nats.
+    """
     return required_reward_margin(batch) * (1 / batch.beta)
 
 
@@ -92,7 +101,17 @@ def odpo(batch: PairBatch, *, alpha: float = 1.0) -> torch.Tensor:
 
 
 def odpo_metrics(batch: PairBatch) -> dict[str, torch.Tensor]:
-    """Whether the offset of [`odpo`] is clamped, `(B,)`: the chosen completion does not have the higher score."""
+    """
+    What the trainer logs beside the loss of [`odpo`].
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs with `reward_margin`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `rewards/offset_clamped`, `(B,)`, whether the offset is clamped because the chosen
+        completion does not have the higher score.
+    """
     return {"rewards/offset_clamped": required_reward_margin(batch) < ODPO_FLOOR}
 
 
@@ -111,7 +130,19 @@ def margin_dpo(batch: PairBatch) -> torch.Tensor:
 
 
 def required_reward_margin(batch: PairBatch) -> torch.Tensor:
-    r"""\\(\Delta\\) of each pair, `(B,)`; refuses pairs without."""
+    r"""
+    \\(\Delta\\) of each pair.
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Score of the chosen completion minus that of the rejected one.
+
+    Raises:
+        `ValueError`: If the pairs have none.
+    """
     if batch.reward_margin is None:
         raise ValueError("This loss compares the scores of the two completions; the pairs have no reward_margin.")
     return batch.reward_margin

@@ -5,6 +5,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from trl.trainer.dpo_trainer import DPOTrainer as _DPOTrainer
 
 from ...functional.preference import LossState, PairBatch
 from ...upstream import UpstreamChanged, check_overridden
-from ..foreign import option, overridden_without_super
+from ..foreign import Needed, option
 from ..input_checks import column_names, datasets_of, require_columns, require_eos, require_texts
 from ..interruptions import Interruptible, add_callbacks
 from ..model_card import add_model_tag, model_card_with_options
@@ -41,7 +42,7 @@ class DPOTrainer(Interruptible, _DPOTrainer):
     _losses = PairLosses()  # false: everything is TRL's
     _states: Mapping[str, LossState] = types.MappingProxyType({})
     _columns: Mapping[str, str] = types.MappingProxyType({})
-    _loss_was_ours = False  # whether our `_compute_loss` has run
+    _needed: Needed  # what a subclass must not cut off
     _checked: tuple = ()  # the data sets that the constructor was given and has checked
     _signature_columns: list[str]
     data_collator: Any
@@ -63,6 +64,8 @@ class DPOTrainer(Interruptible, _DPOTrainer):
         with overridden(config, **during):
             super().__init__(*args, **kwargs)
         if self._losses:
+            self._needed = Needed(DPOTrainer, {"_compute_loss": ("_compute_loss", "compute_loss")})
+            self._needed.add("_compute_loss", f"loss_type={self.args.loss_type}")
             add_model_tag(self)
         if self._losses.reference_free:
             self.precompute_ref_logps = False
@@ -128,16 +131,13 @@ class DPOTrainer(Interruptible, _DPOTrainer):
     # Loss
 
     def training_step(self, *args, **kwargs):
-        if not self._losses or self._loss_was_ours:
-            return super().training_step(*args, **kwargs)
-        option, methods = f"loss_type={self.args.loss_type}", ("_compute_loss", "compute_loss")
-        with overridden_without_super(self, DPOTrainer, methods, option, ran=lambda: self._loss_was_ours):
+        with self._needed.after(self) if self._losses else nullcontext():
             return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model, inputs, return_outputs):
         if not self._losses:
             return super()._compute_loss(model, inputs, return_outputs)
-        self._loss_was_ours = True
+        self._needed.has_run("_compute_loss")
         inputs, columns = without_our_columns(inputs, self._columns)
         inputs = self._with_references(inputs)
         policy = FirstOutput(model)

@@ -12,7 +12,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 from ...functional.kl import KL_ESTIMATORS, kl_in_loss, next_beta
 from ...lookup import lookup
 from ...upstream import UpstreamChanged
-from ..foreign import overriding_class, watching, without_super
+from ..foreign import overriding_class, watching
 from .exact_kl import Head, exact_kl, last_hidden_states, lm_head
 from .metrics import kl_sums
 
@@ -152,7 +152,9 @@ class KLPenalty:
             with last_hidden_states(self.trainer.accelerator.unwrap_model(model)) as collected:
                 result = theirs(model, *args, **kwargs)
             if result[0] is not self.own_logps:
-                raise self._refused(_LOG_PROBS, "changes the log-probs, which kl_estimator='exact' does not read")
+                raise self._refused(
+                    _LOG_PROBS, "returns log-probs of its own, which kl_estimator='exact' does not read"
+                )
             width = result[0].size(1)
             hidden = torch.cat(collected)[:, -width - 1 : -1]  # the state before a token predicts it
             passes.append(ForwardPass(result[0], hidden))
@@ -167,7 +169,8 @@ class KLPenalty:
         if cls is None:
             return UpstreamChanged(f"{method} {what}")
         return ValueError(
-            f"{cls.__module__}.{cls.__qualname__} overrides {method} and {what}. Use kl_estimator='k3' with it."
+            f"{cls.__module__}.{cls.__qualname__} overrides {method} and {what}. Keep to what GRPOTrainer's does, or "
+            f"remove kl_estimator={self.name!r}."
         )
 
     def reference_states(self, passes: list[ForwardPass], output: dict) -> torch.Tensor:
@@ -212,8 +215,7 @@ class KLPenalty:
         sums: list[torch.Tensor] = []
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         if self.exact and "ref_hidden_states" not in inputs:
-            method = "_generate_and_score_completions"
-            raise without_super(trainer, self.base, method, "kl_estimator='exact'")
+            raise self._refused("_generate_and_score_completions", "leaves 'ref_hidden_states' out of its result")
         with self.recording() as passes:
             proxy = BetaProxy(beta, lambda: self._term(*passes[-1], inputs, mask))
             trainer.beta = 0.0 if self.in_reward else proxy  # a KL in the reward has acted already
@@ -224,7 +226,7 @@ class KLPenalty:
         if self.in_reward:
             return
         if len(proxy.penalties) != 1 or len(passes) != 1:
-            raise UpstreamChanged("the loss does not multiply beta by the KL per token exactly once")
+            raise self._refused("_compute_loss", "does not multiply beta by the KL per token exactly once")
         logps, old = passes[0].logps.detach(), inputs.get("old_per_token_logps")
         old = logps if old is None else old
         sums.append(kl_sums(proxy.penalties[0], logps, inputs["ref_per_token_logps"], old, mask))

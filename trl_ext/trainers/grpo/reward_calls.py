@@ -147,14 +147,21 @@ class RewardCalls:
         wanted = [key for key in STEP_COLUMNS if key in parameters or (takes_any and self.row.steps == "needed")]
 
         def given(kwargs: dict[str, Any]) -> dict[str, Any]:
+            for key in kwargs.keys() & set(wanted):  # of a stream, or of a rollout function
+                raise RewardError(
+                    f"The data have a column {key!r}, the name under which reward functions are given the steps with "
+                    "advantage_estimator. Rename the column."
+                )
             return {**kwargs, **{key: getattr(self.cuts, STEP_COLUMNS[key]) for key in wanted}}
 
         async def asynchronous(**kwargs):
+            self.called = True
             with self._collecting_errors(index):
                 return self._accepted(index, await function(**given(kwargs)))
             return [0.0] * len(self.cuts.token_ids)
 
         def synchronous(**kwargs):
+            self.called = True
             with self._collecting_errors(index):
                 return self._accepted(index, function(**given(kwargs)))
             return [0.0] * len(self.cuts.token_ids)
@@ -163,7 +170,6 @@ class RewardCalls:
 
     @contextlib.contextmanager
     def _collecting_errors(self, index: int) -> Iterator[None]:
-        self.called = True
         try:
             yield
         except RewardError as error:

@@ -134,7 +134,7 @@ class Scoring:
             return UpstreamChanged(f"{method} {what}")
         return ValueError(
             f"{cls.__module__}.{cls.__qualname__} overrides {method} and {what}. Keep to what GRPOTrainer's returns, "
-            "or remove advantage_estimator."
+            f"or remove advantage_estimator={self.name!r}."
         )
 
     # Advantages
@@ -156,7 +156,7 @@ class Scoring:
                 Further fields of [`RewardBatch`], of all processes already.
         """
         if rollout.rewards_per_func is None:
-            raise UpstreamChanged("_calculate_rewards is not called while scoring")
+            raise self._changed("_generate_and_score_completions", "does not call _calculate_rewards")
         mask = self.gathered(local_mask)
         outcome, scored = reward_at_end(self._returns(rollout.rewards_per_func), mask)
         steps, steps_scored = self._steps(rollout, local_mask)
@@ -245,5 +245,6 @@ class Scoring:
             scored |= found
         device = local_mask.device
         rewards = self.gathered(rewards.to(device, torch.float32 if device.type == "mps" else torch.float64))
-        rollout.step_ends = self.gathered(is_end.to(device)).bool()
-        return rewards.double(), self.gathered(scored.to(device)).bool()
+        # As numbers: padding on some of the processes only would make a bool another type there.
+        rollout.step_ends = self.gathered(is_end.long().to(device)).bool()
+        return rewards.double(), self.gathered(scored.long().to(device)).bool()

@@ -1,13 +1,13 @@
 """GRPO with selectable advantages and KL: what passes through TRL's trainer is handed to `Scoring` and `KLPenalty`."""
 
 import inspect
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 
 from ...upstream import check_overridden
-from ..foreign import Options, overriding_class, without_super
+from ..foreign import Needed, Options
 from ..input_checks import require_eos
 from ..interruptions import Interruptible, add_callbacks, resumable
 from ..model_card import add_model_tag, model_card_with_options
@@ -19,8 +19,7 @@ from .reward_calls import with_process_reward_model
 from .scoring import Rollout, Scoring
 
 _SCORE, _LOSS = "_generate_and_score_completions", "_compute_loss"
-# Where a subclass may have cut off ours.
-_ON_THE_WAY = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
+_WAYS: dict[str, tuple[str, ...]] = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
 
 
 class GRPOTrainer(Interruptible, _GRPOTrainer):
@@ -43,11 +42,10 @@ class GRPOTrainer(Interruptible, _GRPOTrainer):
 
     beta: float  # TRL's: loads the reference, computes its log-probs, and weights the KL in the loss
     per_token_advantages = False
-    _per_token = False  # whether the advantages are `(B, T)`
     _scoring: Scoring | None = None  # None: rewards and advantages are TRL's
     _penalty: KLPenalty | None = None  # None: the KL is TRL's
     _controller: BetaController | None = None  # None: `beta` is constant
-    _needed: dict[str, str]  # method of ours without which an option, in words, has no effect; those that have run go
+    _needed: Needed  # what a subclass must not cut off
 
     def __init__(self, *args, **kwargs):
         given = inspect.signature(_GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
@@ -70,30 +68,33 @@ class GRPOTrainer(Interruptible, _GRPOTrainer):
 
     def _take_over(self, options: Options):
         """Makes the objects that do what the options ask for."""
-        self._needed = {}
+        self._needed = Needed(GRPOTrainer, _WAYS)
         placement, name = kl_choice(options)
         if placement is not None and name is not None:
             self._penalty = KLPenalty(self, placement, name, GRPOTrainer)
-            self._needed[_LOSS] = f"kl_estimator={name!r} in the {placement}"
-            if self._penalty.in_reward or self._penalty.exact:
-                self._needed[_SCORE] = self._needed[_LOSS]
+            for method in (_LOSS, _SCORE) if self._penalty.in_reward or self._penalty.exact else (_LOSS,):
+                self._needed.add(method, f"kl_estimator={name!r} in the {placement}")
         if options.kl_target is not None:
             self._controller = BetaController(options.kl_target, options.kl_horizon, options.kl_target_unit)
         if options.advantage_estimator is not None:
             self._scoring = Scoring(self, options, GRPOTrainer)
-            self._needed[_SCORE] = f"advantage_estimator={self._scoring.name!r}"
+            self._needed.add(_SCORE, f"advantage_estimator={self._scoring.name!r}")
             if self._scoring.row.per_token:
                 self._expect_per_token(self._scoring)
 
     def _expect_per_token(self, scoring: Scoring):
-        self._per_token = True
         if not self.per_token_advantages:
-            self._needed.setdefault(_LOSS, f"advantage_estimator={scoring.name!r}, one advantage per token,")
+            self._needed.add(_LOSS, f"advantage_estimator={scoring.name!r}, one advantage per token,")
 
     @property
     def _is_ours(self) -> bool:  # type: ignore[override]
         """Whether training is not TRL's, bit for bit."""
         return self._scoring is not None or self._penalty is not None
+
+    @property
+    def _penalty_now(self) -> KLPenalty | None:
+        """None also while `beta` is 0: TRL runs no reference then."""
+        return self._penalty if self._penalty is not None and self.beta else None
 
     @property
     def _mode(self) -> str:
@@ -104,8 +105,8 @@ class GRPOTrainer(Interruptible, _GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         if not self._is_ours:
             return super()._generate_and_score_completions(inputs)
-        self._needed.pop(_SCORE, None)
-        rollout, scoring, penalty = Rollout(), self._scoring, self._penalty
+        self._needed.has_run(_SCORE)
+        rollout, scoring, penalty = Rollout(), self._scoring, self._penalty_now
         with ExitStack() as during:
             if scoring is not None:
                 during.enter_context(scoring.watching(rollout))
@@ -123,8 +124,8 @@ class GRPOTrainer(Interruptible, _GRPOTrainer):
         mode, mask, beta = self._mode, output["completion_mask"] * output.get("tool_mask", 1), self.beta
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         kl_penalty = None
-        if self._penalty is not None and self._penalty.in_reward:
-            per_token_kl, sums = self._penalty.of_sampler(output, mask)
+        if (penalty := self._penalty_now) is not None and penalty.in_reward:
+            per_token_kl, sums = penalty.of_sampler(output, mask)
             kl_penalty = beta * scoring.gathered(per_token_kl)
             self._observe_kl(sums, end_of_step=True)
         batch = scoring.batch(rollout, mask, num_generations, kl_penalty=kl_penalty, **self._extras(output))
@@ -152,12 +153,12 @@ class GRPOTrainer(Interruptible, _GRPOTrainer):
         return result
 
     def _compute_loss(self, model, inputs):
-        if not self._is_ours:
+        if self._is_ours:
+            self._needed.has_run(_LOSS)
+            self._needed.check(self, _SCORE)  # it comes first
+        if self._penalty_now is None:
             return super()._compute_loss(model, inputs)
-        self._needed.pop(_LOSS, None)
-        if self._penalty is None:
-            return super()._compute_loss(model, inputs)
-        with self._penalty.in_loss(inputs) as sums:
+        with self._penalty_now.in_loss(inputs) as sums:
             loss = super()._compute_loss(model, inputs)
         for seen in sums:
             self._metrics[self._mode]["kl"].pop()  # TRL's own k3
@@ -176,25 +177,8 @@ class GRPOTrainer(Interruptible, _GRPOTrainer):
             metrics["kl/beta"].append(beta)
 
     def training_step(self, *args, **kwargs):
-        if not self._is_ours:
+        with self._needed.after(self) if self._is_ours else nullcontext():
             return super().training_step(*args, **kwargs)
-        try:
-            loss = super().training_step(*args, **kwargs)
-        except RuntimeError as error:  # shapes: a loss that takes one advantage per completion was given several
-            if (refusal := self._without_effect()) is None or not self._per_token:
-                raise
-            raise refusal from error
-        if (refusal := self._without_effect()) is not None:
-            raise refusal
-        return loss
-
-    def _without_effect(self) -> ValueError | None:
-        """The error where a subclass has cut off a method of ours that an option needs."""
-        for method, option in self._needed.items():
-            for name in _ON_THE_WAY[method]:
-                if overriding_class(self, GRPOTrainer, name) is not None:
-                    return without_super(self, GRPOTrainer, name, option)
-        return None
 
     # Interruptions
 
