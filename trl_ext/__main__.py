@@ -41,7 +41,8 @@ def _is_refusal(error: ValueError) -> bool:
     in the traceback. In any other script the traceback shows the user's line.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    raised_by_us = frames[-1].filename.startswith(os.path.join(os.path.dirname(__file__), ""))
+    last, package = frames[-1], os.path.join(os.path.dirname(__file__), "")
+    raised_by_us = last.filename.startswith(package) and (last.line or "").startswith("raise ")  # and no bug of ours
     in_trls_script = os.path.dirname(os.path.realpath(sys.argv[0])).endswith(os.path.join("trl", "scripts"))
     return raised_by_us and in_trls_script and all(frame.name != "_inner_training_loop" for frame in frames)
 

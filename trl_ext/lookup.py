@@ -55,7 +55,7 @@ def import_path(path: str, option: str = "") -> Callable[..., Any]:
         `ValueError`: If it is no dotted path, the module or the attribute does not exist, or is not callable.
     """
     if not _is_dotted_path(path):
-        raise ValueError(f"{_of(option)}{path!r} is no dotted path such as 'my_package.my_function'.")
+        raise ValueError(f"{_of(option)}{path!r} is not a dotted path such as 'my_package.my_function'.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     module_name, _, attribute = path.rpartition(".")

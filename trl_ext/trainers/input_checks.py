@@ -10,6 +10,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..lookup import did_you_mean
+
 # What data sets call the columns that TRL reads.
 _ALSO_CALLED = {
     "prompt": ("question", "problem", "instruction", "query", "input", "messages"),
@@ -33,10 +35,17 @@ def require_columns(dataset: Any, name: str, columns: list[str]) -> None:
     for column in columns:
         names = column_names(dataset)
         if column not in names:
-            wanted = [name for name in _ALSO_CALLED.get(column, ()) if name in names]
-            wanted += difflib.get_close_matches(column, names, n=1)
-            advice = f" Rename one: dataset.rename_column({wanted[0]!r}, {column!r})." if wanted else ""
-            raise ValueError(f"{name} has no column {column!r}; it has {sorted(names)}.{advice}")
+            raise ValueError(f"{name} has no column {column!r}; it has {sorted(names)}{_advice(column, names)}")
+
+
+def _advice(column: str, names: list[str]) -> str:
+    """The end of the sentence about a missing column: which one may be meant, and what to do."""
+    if column not in _ALSO_CALLED:  # the name is the user's own
+        return did_you_mean(column, names)
+    meant = [name for name in _ALSO_CALLED[column] if name in names] + difflib.get_close_matches(column, names, n=1)
+    if meant:
+        return f". Rename one: dataset.rename_column({meant[0]!r}, {column!r})."
+    return f". Rename a column to {column!r}, or make it with dataset.map."
 
 
 def require_texts(dataset: Any, name: str, columns: list[str], tokenizer: Any = None) -> None:

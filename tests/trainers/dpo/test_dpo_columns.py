@@ -239,6 +239,12 @@ def test_a_missing_column_is_refused_before_the_model_loads(tmp_path):
         )  # fmt: skip
 
 
+def test_a_column_of_a_similar_name_is_pointed_at(tmp_path):
+    rows, options = pairs(4, prob=lambda i: 0.5), {"loss_type": ["gpo_logistic"], "preference_prob_column": "probb"}
+    with pytest.raises(ValueError, match=r"it has \['chosen', 'prob', 'prompt', 'rejected'\]; did you mean 'prob'\?"):
+        build(DPOTrainer, DPOConfig, "no/such/model", tmp_path, train_dataset=rows, **options)
+
+
 def test_hard_labels_with_the_logit_are_refused_unless_clamped(tiny_model, tmp_path):
     options = {"loss_type": ["psipo_logit"], "preference_prob_column": "p", "max_steps": 1}
     hard = pairs(4, p=lambda i: 1.0)

@@ -25,7 +25,8 @@ NOT_CALLABLE = 3
     [
         (
             {"advantage_estimator": "reinforce++"},
-            f"'reinforce++' is neither one of {NAMES} nor a dotted path such as 'my_package.my_function'.",
+            f"'reinforce++' is neither one of {NAMES} nor a dotted path such as 'my_package.my_function'; did you "
+            "mean 'reinforce_plus_plus'?",
         ),
         ({"advantage_estimator": 3}, f"3 is neither one of {NAMES} nor a dotted path such as"),
         (
