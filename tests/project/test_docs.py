@@ -28,7 +28,7 @@ def name_of(path):
 
 
 def anchors(page):
-    """Of its headings, as GitHub makes them: small letters, hyphens for spaces, no other signs; a second one ends in -1."""
+    """Of its headings, as GitHub makes them: small letters, hyphens for spaces, no other signs, the second with -1."""
     found = {}
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for heading in re.findall(r"^#{1,6} (.+)$", text, re.MULTILINE):
@@ -108,19 +108,15 @@ def in_code(cell):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_row_of_a_recipe_is_true(path):
     options, header = yaml.safe_load(path.read_text()), path.read_text().split("\n\n")[0]
-    row = re.search(
-        rf"^\| \[{path.stem}\]\({path.name}\) \|(.*)\|$", (ROOT / "recipes/README.md").read_text(), re.MULTILINE
-    )
+    table = (ROOT / "recipes/README.md").read_text()
+    row = re.search(rf"^\| \[{path.stem}\]\({path.name}\) \|(.*)\|$", table, re.MULTILINE)
     method, model, data, needs, run = (cell.strip() for cell in row[1].split("|"))
 
     if command_of(path) == "dpo":
         names, also = options["loss_type"], {"trl-ext dpo"}
         title = PREFERENCE_LOSSES[names[0]].method
     else:
-        names, also = (
-            [options["advantage_estimator"]],
-            {options["kl_estimator"]} if "kl_estimator" in options else set(),
-        )
+        names, also = [options["advantage_estimator"]], {*filter(None, [options.get("kl_estimator")])}
         title = ADVANTAGE_ESTIMATORS[names[0]].method
     assert method.startswith(f"{title} (`{names[0]}`)") and in_code(method) == {*names} | also
 
@@ -131,10 +127,8 @@ def test_the_row_of_a_recipe_is_true(path):
     assert in_code(data) == {options["dataset_name"]}
     embedded = (ROOT / options["model_name_or_path"]).exists() and (ROOT / options["dataset_name"]).exists()
     assert ("the hub" in needs) != embedded and ("a CPU" in needs) == embedded
-    assert (
-        run
-        == {"# Run": "yes", "# Not run": "no"}[re.search("^# (Run|Not run)(?= to the end)", header, re.MULTILINE)[0]]
-    )
+    was_run = re.search("^# (Run|Not run) to the end", header, re.MULTILINE)[1] == "Run"
+    assert run == ("yes" if was_run else "no")
 
 
 def test_every_row_of_the_recipes_has_its_file():
