@@ -32,3 +32,13 @@ def test_here_trl_cannot_be_imported():
 def test_every_module_can():
     for module in pkgutil.walk_packages(trl_ext.functional.__path__, "trl_ext.functional."):
         importlib.import_module(module.name)
+
+
+def test_every_public_function_and_class_can_be_imported_from_the_package():
+    inner = {"Spread", "rewards_to_go", "above_the_group", "required_reward_margin"}  # between the modules
+    for module in pkgutil.walk_packages(trl_ext.functional.__path__, "trl_ext.functional."):
+        for name, thing in vars(importlib.import_module(module.name)).items():
+            is_here = getattr(thing, "__module__", None) == module.name
+            if is_here and callable(thing) and not name.startswith("_") and name not in inner:
+                assert name in trl_ext.functional.__all__, f"{module.name}.{name}"
+    assert all(hasattr(trl_ext.functional, name) for name in trl_ext.functional.__all__)

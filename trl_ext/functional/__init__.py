@@ -1,3 +1,52 @@
-"""The mathematics: functions of tensors that know torch and nothing else."""
+"""
+The mathematics: functions of tensors that know torch and nothing else.
 
-from .advantages import ADVANTAGE_ESTIMATORS as ADVANTAGE_ESTIMATORS
+Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`. Everything public can be imported from here.
+"""
+
+from . import preference
+from .advantages import (
+    ADVANTAGE_ESTIMATORS,
+    Estimator,
+    group_mean,
+    group_relative,
+    leave_one_out,
+    length_weighted,
+    process_group_relative,
+)
+from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
+from .preference import *  # noqa: F403
+from .process_rewards import step_advantages
+from .reductions import SATURATION, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
+from .rewards import RewardBatch, reward_at_end, reward_at_steps
+from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+
+__all__ = [
+    "ADVANTAGE_ESTIMATORS",
+    "Estimator",
+    "KL_ESTIMATORS",
+    "RewardBatch",
+    "SATURATION",
+    "group_mean",
+    "group_relative",
+    "is_constant",
+    "k1",
+    "k2",
+    "k3",
+    "kl_in_loss",
+    "leave_one_out",
+    "length_weighted",
+    "next_beta",
+    "process_group_relative",
+    "reinforce",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "reward_at_end",
+    "reward_at_steps",
+    "reward_to_go",
+    "step_advantages",
+    "weighted_mean",
+    "weighted_std",
+    "whiten",
+    *preference.__all__,
+]

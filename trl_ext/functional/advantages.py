@@ -18,7 +18,8 @@ import torch
 
 from .process_rewards import step_advantages
 from .reductions import is_constant
-from .reinforce import (
+from .rewards import RewardBatch
+from .token_advantages import (
     KL_NOISE,
     above_the_group,
     reinforce,
@@ -26,7 +27,6 @@ from .reinforce import (
     reinforce_plus_plus_baseline,
     rewards_to_go,
 )
-from .rewards import RewardBatch
 
 
 def group_relative(batch: RewardBatch) -> torch.Tensor:
