@@ -76,6 +76,19 @@ def test_the_losses_of_grpo_are_those_that_trl_compares_with():
     assert compared == {*GRPO_LOSSES}
 
 
+@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, GRPOConfig, DPOConfig])
+def test_the_design_page_is_right_about_every_override(ours):
+    page = (PACKAGE.parent / "docs/design.md").read_text()
+    table = page[page.index("| part of TRL |") :]
+    for name in overridden(ours):
+        assert f"{name}`" in table, name
+        method = next(vars(c)[name] for c in ours.__mro__ if name in vars(c))
+        source = textwrap.dedent(inspect.getsource(method))
+        assert (
+            "super()" in source and len(source.splitlines()) - len((inspect.getdoc(method) or "").splitlines()) <= 25
+        )
+
+
 def test_an_overridden_method_that_is_not_listed_is_found():
     class Ours(OurGRPOTrainer):
         def _generate_single_turn(self, *args):
