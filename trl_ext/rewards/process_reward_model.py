@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import re
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ from transformers import (
 _SCORES = ("probability", "difference")
 # What a kind writes after each step. "chat" writes nothing: it answers each step with `good`.
 _SEPARATORS = {"token_classifier": "\n", "marker": "<extra_0>", "good_bad": " ки\n", "chat": ""}
+
+
+def refuse_escapes(name: str, text: str) -> None:
+    r"""
+    Refuses `\n`, `\t` and `\r` written as two characters, unless a letter follows, as in LaTeX's `\nabla`. Shells, and
+    YAML without double quotes, leave the backslash as it is; such a separator never occurs, and nothing would fail.
+    """
+    if re.search(r"\\[nrt](?![A-Za-z])", text):
+        meant = text.encode("unicode_escape").decode().replace("\\\\", "\\")
+        raise ValueError(
+            f"{name} holds a backslash and a letter where a control character is meant, got {text!r}. Write "
+            f"\"{meant}\" with double quotes in YAML, $'{meant}' in a shell."
+        )
 
 
 class ProcessRewardModel:
@@ -97,6 +111,7 @@ class ProcessRewardModel:
         separator = _SEPARATORS[kind] if separator is None else separator
         if (kind == "chat") != (separator == ""):
             raise ValueError(f"separator must be {'left out' if kind == 'chat' else 'a text'} for {kind!r}.")
+        refuse_escapes("separator", separator)
         for name, value in (("batch_size", batch_size), ("max_length", max_length or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}.")

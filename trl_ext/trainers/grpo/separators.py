@@ -95,9 +95,9 @@ class Walk:
         while True:
             before = self._length_to[self.base]
             guess = bisect.bisect_left(self._length_to, before + boundary - self.length, self.base) - 1
-            place = min(guess, self.base + _LONGEST_HOP, len(self.token_ids))
+            furthest = min(guess, self.base + _LONGEST_HOP, len(self.token_ids))
             # A place inside a character is missed by a token or two; further off, the lengths were wrong.
-            for place in (place, place - 1, place - 2, (self.base + place) // 2):
+            for place in (furthest, furthest - 1, furthest - 2, (self.base + furthest) // 2):
                 if place - self.base > 1 and self._moves_to(place, boundary):
                     break
             else:
