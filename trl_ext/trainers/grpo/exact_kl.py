@@ -26,15 +26,23 @@ def _base_model(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
+def _captured(forward: Any) -> dict[str, Any]:
+    """What TRL's fused head has captured of its arguments, below the wrappers that accelerate lays over a forward."""
+    names = ("logit_scale", "final_logit_softcapping", "cast_lm_head_to_fp32")
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        if inspect.isfunction(function):
+            values = inspect.getclosurevars(function).nonlocals
+            if all(name in values for name in names):
+                return {name: values[name] for name in names}
+        forward = getattr(forward, "__wrapped__", None)
+    raise UpstreamChanged(f"no forward made by add_fused_lm_head has all of {', '.join(names)}")
+
+
 def lm_head(model: torch.nn.Module) -> Head:
     """The LM head of an unwrapped model, with the scale and softcap that TRL's fused head has read from its config."""
     base: Any = _base_model(model)
-    values = inspect.getclosurevars(base.forward).nonlocals
-    try:
-        scale, softcap = values["logit_scale"], values["final_logit_softcapping"]
-        in_float32 = values["cast_lm_head_to_fp32"]
-    except KeyError as error:
-        raise UpstreamChanged(f"add_fused_lm_head has no {error}") from error
+    scale, softcap, in_float32 = _captured(base.forward).values()
     head = base.get_output_embeddings()
     return Head(head.weight, head.bias, scale, softcap, in_float32)
 
