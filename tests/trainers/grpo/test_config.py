@@ -33,10 +33,10 @@ def clipped_mean(batch, *, limit=1.0):
             "mean 'reinforce_plus_plus'?",
         ),
         ({"advantage_estimator": 3}, "advantage_estimator must be a text, got 3. Leave it out for TRL's own."),
-        ({"kl_estimator": False, "beta": 0.1}, "kl_estimator must be a text, got False. Leave it out for TRL's own."),
-        ({"kl_estimator": True, "beta": 0.1}, "kl_estimator must be a text, got True."),
-        ({"kl_placement": False, "beta": 0.1}, "kl_placement must be a text, got False."),
-        ({"advantage_estimator": "reinforce", "step_ends_function": False}, "step_ends_function must be a text, got"),
+        ({"kl_estimator": False, "beta": 0.1}, "kl_estimator is no switch, got False."),
+        ({"kl_estimator": True, "beta": 0.1}, "kl_estimator is no switch, got True."),
+        ({"kl_placement": False, "beta": 0.1}, "kl_placement is no switch, got False."),
+        ({"advantage_estimator": "reinforce", "step_ends_function": False}, "step_ends_function is no switch, got"),
         ({"kl_estimator": "k3", "beta": 0.1, "kl_target": 0.1, "kl_target_unit": 1}, "kl_target_unit must be a text"),
         (
             {"advantage_estimator": "no_such_package.fn"},
@@ -66,15 +66,6 @@ def clipped_mean(batch, *, limit=1.0):
         (
             {"advantage_estimator": "test_config.clipped_mean", "advantage_kwargs": {"limt": 0.5}},
             "advantage_kwargs has no 'limt' for 'test_config.clipped_mean'; it takes ['limit'].",
-        ),
-        (
-            {"advantage_estimator": "process_group_relative", "advantage_kwargs": {"temperature": "1e-1"}},
-            "advantage_kwargs has the text '1e-1' for 'temperature'. YAML reads a number with an exponent only if it "
-            "has a point and a sign, such as 1.0e-1.",
-        ),
-        (
-            {"advantage_estimator": "test_config.clipped_mean", "advantage_kwargs": {"limit": "1e3"}},
-            "advantage_kwargs has the text '1e3' for 'limit'.",
         ),
         (
             {"advantage_estimator": "reinforce", "advantage_kwargs": {"gamma": 1.5}},

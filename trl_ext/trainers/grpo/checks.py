@@ -121,12 +121,6 @@ def _check_estimator_options(name: str, row: Estimator, options: Any) -> None:
         for key in given or {}:
             if key not in allowed:
                 raise ValueError(f"advantage_kwargs has no {key!r} for {name!r}; it takes {allowed}.")
-    for key, value in (given or {}).items():
-        if isinstance(value, str) and any(map(str.isdigit, value)) and _is_number(value):
-            raise ValueError(
-                f"advantage_kwargs has the text {value!r} for {key!r}. YAML reads a number with an exponent only if "
-                "it has a point and a sign, such as 1.0e-1."
-            )
     if name in ADVANTAGE_ESTIMATORS:
         # The estimator itself knows which values it takes: ask it, on two completions of one token.
         one, rewards = torch.ones(2, 1), torch.tensor([[0.0], [1.0]])
@@ -136,14 +130,6 @@ def _check_estimator_options(name: str, row: Estimator, options: Any) -> None:
             "values": torch.zeros(2, 2) if row.values else None,
         }
         row.function(RewardBatch(rewards, one.bool(), one, 2, **steps, **extras), **given or {})
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_clip_range(clip_range: Any) -> None:
