@@ -4,6 +4,7 @@ import importlib.machinery
 import os
 import runpy
 import sys
+import traceback
 import types
 
 from .registration import register
@@ -24,8 +25,26 @@ def main() -> None:
     sys.argv = arguments[as_module:]
     if as_module:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
+        return
+    try:
         _run_script(sys.argv[0])
+    except ValueError as error:
+        if not _is_refusal(error):
+            raise
+        print(f"trl-ext: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _is_refusal(error: ValueError) -> bool:
+    """
+    Whether we refuse, before the first step, what `trl-ext` was given: in a script of TRL's nothing of the user's is
+    in the traceback. In any other script the traceback shows the user's line.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    last, package = frames[-1], os.path.join(os.path.dirname(__file__), "")
+    raised_by_us = last.filename.startswith(package) and (last.line or "").startswith("raise ")  # and no bug of ours
+    in_trls_script = os.path.dirname(os.path.realpath(sys.argv[0])).endswith(os.path.join("trl", "scripts"))
+    return raised_by_us and in_trls_script and all(frame.name != "_inner_training_loop" for frame in frames)
 
 
 def _run_script(name: str) -> None:
@@ -45,13 +64,13 @@ def _run_script(name: str) -> None:
     exec(loader.source_to_code(source, path), vars(module))
 
 
-def _print_from_the_script_on(kind, error, traceback) -> None:
+def _print_from_the_script_on(kind, error, trace) -> None:
     """Prints a traceback without the frames that only start the script."""
     ours = {__file__, runpy.__file__, "<frozen runpy>"}
-    start = traceback
+    start = trace
     while start is not None and start.tb_frame.f_code.co_filename in ours:
         start = start.tb_next
-    sys.__excepthook__(kind, error.with_traceback(start or traceback), start or traceback)
+    sys.__excepthook__(kind, error.with_traceback(start or trace), start or trace)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "trl.scripts.utils.TrlParser.parse_args_into_dataclasses": ("self", "args", "return_remaining_strings"),
     "trl.scripts.env.print_env": (),
     "trl.cli.main.main": ("argv",),
+    "trl.cli.commands.get_commands": (),
     "trl.cli.accelerate_launcher.launch_training_script": ("script_name", "launch_args", "training_script_args"),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
 from recipes.clock.task import outcome_reward
+from trl_ext.trainers.generation import bare_generation_config
 
 TEST_FILE = Path(__file__).parent / "data" / "test.jsonl"
 
@@ -27,8 +28,8 @@ def write_completions(model, tokenizer, rows: list[dict], do_sample: bool, seed:
     """
     The model's completion of each row's prompt, all in one batch, at most 64 tokens each.
 
-    The random state of the CPU and of the model's device, each module's train or eval mode and the model's generation
-    config are afterwards as they were.
+    Of the model's own generation config nothing is used. It, the random state of the CPU and of the model's device,
+    and each module's train or eval mode are afterwards as they were.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):
@@ -62,7 +63,8 @@ def write_completions(model, tokenizer, rows: list[dict], do_sample: bool, seed:
             if on_gpu:
                 with torch.cuda.device(model.device):
                     torch.cuda.manual_seed(seed)
-            ids = model.generate(**inputs.to(model.device), generation_config=generation_config)
+            with bare_generation_config(model):
+                ids = model.generate(**inputs.to(model.device), generation_config=generation_config)
     finally:
         for module in in_training:
             module.training = True

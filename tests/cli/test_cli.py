@@ -1,8 +1,8 @@
 """The command line and `python -m trl_ext`, as a user types them."""
 
+import ast
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,57 +12,11 @@ from pathlib import Path
 import pytest
 import trl
 import yaml
-from tiny import PROMPTS
 
 import trl_ext
 from trl_ext import cli
 
 TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-SMALL = {
-    "output_dir": "out",
-    "per_device_train_batch_size": 4,
-    "max_completion_length": 8,
-    "max_steps": 2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "bf16": False,
-}
-OURS = {
-    "advantage_estimator": "reinforce_plus_plus",
-    "advantage_kwargs": {"weighting": "sequence"},
-    "kl_placement": "reward",
-    "beta": 0.01,
-    "num_generations": 1,
-}
-
-
-@pytest.fixture
-def folder(tmp_path, tiny_model, monkeypatch):
-    """A user's working directory: YAML files, a dataset, a script, and functions of their own."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in PROMPTS))
-    (tmp_path / "mine.py").write_text(
-        "import os\n\n\n"
-        "def length(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n\n\n"
-        "def half(batch):\n"
-        "    open(f\"rank{os.environ['RANK']}of{os.environ['WORLD_SIZE']}\", 'w').close()\n"
-        "    return batch.rewards.sum(1) / 2\n"
-    )
-    options = {"model_name_or_path": tiny_model, "dataset_name": "data", "reward_funcs": ["mine.length"]}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**options, **SMALL, **OURS, "use_cpu": True}))
-    (tmp_path / "ours.yaml").write_text(yaml.safe_dump({"model": tiny_model, **SMALL, **OURS}))
-    (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"model": tiny_model, **SMALL, "num_generations": 4}))
-    shutil.copy(Path(__file__).parent / "user_script.py", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    trl_ext.unregister()
-
-
-def python(*command):
-    package = str(Path(trl_ext.__file__).parent.parent)  # the one under test
-    environment = {**os.environ, "PYTHONPATH": package, "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
 
 
 def two_processes(*command, results):
@@ -114,7 +68,7 @@ def test_a_users_script_gets_our_classes_and_options_in_both_processes(folder):
         assert found["name, file, argv, path"] == expected
 
 
-def test_the_same_script_without_us_is_trls_and_without_our_options_gives_the_same_weights(folder):
+def test_the_same_script_without_us_is_trls_and_without_our_options_gives_the_same_weights(folder, python):
     results = []
     for launcher in ([], ["-m", "trl_ext"]):
         done = python(*launcher, "user_script.py", "--config", "plain.yaml")
@@ -126,10 +80,11 @@ def test_the_same_script_without_us_is_trls_and_without_our_options_gives_the_sa
         assert ours[name] == theirs[name], name
 
 
-def test_a_failure_in_the_worker_is_an_exit_code(folder):
-    done = python("-m", "trl_ext.cli", "grpo", "--config", "run.yaml", "--reward_funcs", "mine.no_such")
+def test_a_failure_in_the_worker_is_an_exit_code(folder, python):
+    done = python("-m", "trl_ext.cli", "grpo", "--config", "run.yaml", "--reward_funcs", "mine.broken")
     assert done.returncode == 1
-    assert "no_such" in done.stderr and "CalledProcessError" not in done.stderr
+    assert "Traceback" in done.stderr and "raise KeyError('answer')" in done.stderr, "a bug keeps its traceback"
+    assert "CalledProcessError" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -226,12 +181,41 @@ def test_help_shows_our_options_with_their_help(capsys):
 
 def test_the_overview_and_an_unknown_command_bear_our_name(capsys):
     assert cli.main([]) == 0
-    assert capsys.readouterr().out.startswith("usage: trl-ext [-h]")
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: trl-ext [-h]") and "with the options of trl_ext" in shown
     with pytest.raises(SystemExit) as stop:
         cli.main(["grop"])
     assert (
         stop.value.code == 2 and "trl-ext: error: argument command: invalid choice: 'grop'" in capsys.readouterr().err
     )
+
+
+QUICK = """
+import sys, time
+start = time.process_time()
+from trl_ext.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code
+print(code, time.process_time() - start)
+print(sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize(("words", "code"), [((), 0), (("--help",), 0), (("--version",), 0), (("grop", "--x"), 2)])
+def test_without_a_command_to_run_nothing_heavy_is_loaded(python, words, code):
+    *_, result, loaded = python("-c", QUICK, *words).stdout.splitlines()
+    assert result.split()[0] == str(code)
+    heavy = {"torch", "transformers", "accelerate", "datasets", "peft", "numpy", "yaml"}
+    assert heavy.isdisjoint(ast.literal_eval(loaded))
+    assert float(result.split()[1]) < 1.0, "CPU seconds; 0.22 measured"
+
+
+def test_the_version_is_ours(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"trl-ext {trl_ext.__version__}\n"
 
 
 def test_env_adds_our_version_and_checks_trl_on_request(capsys, monkeypatch):
@@ -265,7 +249,7 @@ sys.exit(3)
 """
 
 
-def test_python_m_trl_ext_runs_a_script_as_python_does(folder):
+def test_python_m_trl_ext_runs_a_script_as_python_does(folder, python):
     (folder / "script").mkdir()
     (folder / "script" / "beside.py").write_text("value = 7\n")
     (folder / "script" / "main.py").write_text(SCRIPT)
@@ -289,7 +273,7 @@ def test_python_m_trl_ext_runs_a_script_as_python_does(folder):
         (["no_such_script.py"], 2, "python -m trl_ext: can't open file '/"),
     ],
 )
-def test_python_m_trl_ext_says_how_it_is_used(command, code, says):
+def test_python_m_trl_ext_says_how_it_is_used(python, command, code, says):
     done = python("-m", "trl_ext", *command)
     assert done.returncode == code
     assert done.stderr.startswith(says) and "Traceback" not in done.stderr

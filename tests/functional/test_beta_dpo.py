@@ -214,6 +214,18 @@ def test_it_moves_once_per_step_over_all_that_it_has_seen_and_evaluation_changes
     assert state.state() == {"moving": after, "draws": 2}
 
 
+def test_a_margin_that_is_not_finite_never_reaches_the_moving_state():
+    good, bad = torch.tensor([1.0, 3.0], dtype=F64), torch.tensor([math.nan, 1.0, math.inf, 3.0], dtype=F64)
+    assert moving_statistics(bad, (0.5, 2.0)) == moving_statistics(good, (0.5, 2.0))
+    assert moving_statistics(bad[:1], (0.5, 2.0)) == (0.5, 2.0) and moving_statistics(bad[:1]) == (0.0, 0.0)
+    state, clean = MovingMargins(seed=0), MovingMargins(seed=0)
+    for first in (bad, good):
+        state.observe(first, 0, training=True), clean.observe(good, 0, training=True)
+        state.step(), clean.step()
+    assert state.state() == clean.state()
+    assert state.observe(good, 0, training=True).moving_mean == 2.0
+
+
 def test_a_state_that_went_through_a_checkpoint_goes_on_as_it_would_have():
     margins = torch.tensor([1.0, 3.0, -2.0], dtype=F64)
 

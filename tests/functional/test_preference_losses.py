@@ -116,6 +116,41 @@ def test_dpop_penalises_a_chosen_completion_that_falls(lam, value):
     assert PREFERENCE_LOSSES["dpop"].function(batch, lam=lam).item() == pytest.approx(value, abs=6e-7)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [(25.0, 24.0), (24.5, 26.0), (30.0, 21.0), (500.0, 499.0), (21.0, -3.0)]
+)
+def test_chipo_keeps_the_margin_in_float32_beyond_a_log_ratio_of_20(chosen, rejected):
+    loss = partial(PREFERENCE_LOSSES["chipo"].function, bound=10.0)
+    single, double = (
+        value_and_gradients(loss, batch_of(chosen, rejected, beta=0.1, dtype=dtype, requires_grad=True))
+        for dtype in (torch.float32, F64)
+    )
+    for ours, exact in zip(single, double, strict=True):
+        torch.testing.assert_close(ours.to(F64), exact, rtol=1e-4, atol=1e-7)
+    if min(chosen, rejected) > 20:  # both exponentials are at their clamp, and the margin alone is left
+        assert single[0].item() == pytest.approx(math.log1p(math.exp(-0.1 * (chosen - rejected))), rel=1e-5)
+        assert single[1].item() == pytest.approx(-0.1 / (1 + math.exp(0.1 * (chosen - rejected))), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("chipo", {"bound": -1.0}, "bound must be positive, got -1.0."),
+        ("chipo", {"bound": math.nan}, "bound must be positive, got nan."),
+        ("dpop", {"lam": -5.0}, "lam must be at least 0, got -5.0."),
+        ("cal_dpo", {"coefficient": -0.5}, "coefficient must be at least 0, got -0.5."),
+    ],
+)
+def test_an_option_that_turns_a_loss_around_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        PREFERENCE_LOSSES[name].function(batch_of(1.0, 0.0), **options)
+
+
+def test_a_psi_that_returns_a_number_is_refused():
+    with pytest.raises(ValueError, match=r"to a tensor of that shape, got a float\."):
+        psipo(batch_of(1.0, 0.0, prob=0.5), psi=math.log)
+
+
 def test_every_entry_has_a_number_a_slope_and_a_loop():
     assert {case[0] for case in NUMBERS} == set(ALL) == set(LOOPS) == set(SLOPES)
 

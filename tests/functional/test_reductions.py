@@ -3,6 +3,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_ext.functional.reductions import (
     is_constant,
@@ -42,6 +43,30 @@ def test_reward_to_go_equals_the_backward_loop(data):
     discount = data.draw(st.sampled_from(["trainable", "all"]))
     actual = reward_to_go(torch.tensor([rewards], dtype=torch.float64), torch.tensor([mask]), gamma, discount)
     close(actual[0], reference.reward_to_go(rewards, mask, gamma, discount), atol=1e-9, rtol=1e-9)
+
+
+class CountingOperations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_a_discount_reward_to_go_is_one_sum_and_equal_to_1e_12():
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(4, 4096, dtype=torch.float64, generator=generator)
+    mask = torch.rand(4, 4096, generator=generator) < 0.8
+    with CountingOperations() as mode:
+        total = reward_to_go(rewards, mask)
+    assert mode.count < 10, "no pass per doubling"
+    loop = torch.zeros(4, 4096, dtype=torch.float64)
+    following = torch.zeros(4, dtype=torch.float64)
+    for t in reversed(range(4096)):
+        following = following + rewards[:, t] * mask[:, t]
+        loop[:, t] = following * mask[:, t]
+    close(total, loop, atol=1e-12, rtol=1e-12)
+    close(total, reward_to_go(rewards, mask, gamma=1 - 1e-15), atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("gamma", [0, -0.5, 1.5, float("nan"), "0.9", None])

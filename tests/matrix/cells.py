@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 
-WEIGHTS = ["full", "LoRA", "adapter", "4-bit", "4-bit adapter"]
+BF16 = "full, bf16"  # TRL's defaults wherever bfloat16 exists: autocast over float32 weights, gradient checkpointing
+WEIGHTS = ["full", BF16, "LoRA", "adapter", "4-bit", "4-bit adapter"]
 LETTERS = "abcdefgh"
 TEMPERATURE = 0.7
 
@@ -104,7 +105,7 @@ def build(model: str, adapter: str, weights: str, feature: str, folder: Path, **
     """The trainer of a cell. `adapter` is the folder of an adapter that is trained already."""
     settings = {
         "output_dir": str(folder),
-        "bf16": False,
+        **({"bf16": False} if weights != BF16 else {}),
         "use_cpu": True,
         "per_device_train_batch_size": 4,
         "max_steps": 3,
@@ -113,7 +114,7 @@ def build(model: str, adapter: str, weights: str, feature: str, folder: Path, **
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "model_init_kwargs": None if weights.endswith("adapter") else {"dtype": "float32"},
+        "model_init_kwargs": None if weights.endswith("adapter") or weights == BF16 else {"dtype": "float32"},
         **FEATURES[feature],
         **options,
     }
@@ -144,9 +145,11 @@ def trainable(model) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def log_probs(model, rows: Reference, temperature: float) -> torch.Tensor:
+def log_probs(model, rows: Reference, temperature: float, bf16: bool = False) -> torch.Tensor:
     """Log-probs of the masked tokens, float64, from the model's plain logits: `(B, T)` of the last T columns."""
-    logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits.double() / temperature
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits
+    logits = logits.double() / temperature
     width = min(rows.mask.size(1), rows.input_ids.size(1) - 1)
     logps = logits[:, :-1].log_softmax(-1).gather(-1, rows.input_ids[:, 1:, None])[..., 0][:, -width:]
     return logps * rows.mask[:, -width:]

@@ -302,6 +302,30 @@ def test_a_row_beyond_the_sliding_window_takes_trls_forward_for_its_batch():
     assert shared.counts["packed"] == 1 and shared.reason is None
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10_000.0,
+         "original_max_position_embeddings": 16, "factor": 1.0},
+    ],
+    ids=["dynamic", "longrope"],
+)  # fmt: skip
+def test_rotary_embeddings_of_the_rows_length_take_trls_forward(rope):
+    made = model(rope_parameters=rope, max_position_embeddings=16)
+    assert "beyond 16 tokens its rotary embeddings depend on the length" in said(made, batch())[1]
+    made(**batch(9, (3, 4, 5)))
+    assert shared_prefix_of(made).counts["packed"] == 1
+
+
+@pytest.mark.parametrize("name", ["attn_temperature_tuning", "attention_chunk_size"])
+def test_attention_by_the_place_in_the_row_takes_trls_forward(name):
+    made = model()
+    setattr(made.config, name, 8)
+    reason = "its attention depends on the place of a token in the row that it is given"
+    assert said(made, batch())[0].reason == reason
+
+
 def test_without_that_rule_the_window_would_be_ignored(monkeypatch):
     """The control of all equalities here: what is not honoured is seen."""
     made, inputs = model("Mistral", sliding_window=16), batch()

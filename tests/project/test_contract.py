@@ -7,6 +7,7 @@ import ast
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 import trl_ext
-from trl_ext import cli, upstream
+from trl_ext import upstream
+from trl_ext.cli.parser import GRPO_LOSSES, parser_class
 from trl_ext.functional.preference import PREFERENCE_LOSSES
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.dpo.losses import TRL_LOSSES
@@ -55,11 +57,36 @@ def path_of(thing):
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, GRPOConfig, DPOConfig, cli._parser_class()])
+@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, GRPOConfig, DPOConfig, parser_class()])
 def test_every_overridden_method_is_listed(ours):
     parent = upstream.trl_class(ours)
     for name in overridden(ours):
         assert f"{path_of(parent)}.{name}" in PARAMETERS, name
+
+
+def test_the_losses_of_grpo_are_those_that_trl_compares_with():
+    tree = ast.parse(textwrap.dedent(inspect.getsource(trl.GRPOTrainer._compute_loss)))
+    compared = {
+        constant.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and ast.unparse(node.left) == "self.loss_type"
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant)
+    }
+    assert compared == {*GRPO_LOSSES}
+
+
+@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, GRPOConfig, DPOConfig])
+def test_the_design_page_is_right_about_every_override(ours):
+    page = (PACKAGE.parent / "docs/design.md").read_text()
+    table = page[page.index("| part of TRL |") :]
+    for name in overridden(ours):
+        assert f"{name}`" in table, name
+        method = next(vars(c)[name] for c in ours.__mro__ if name in vars(c))
+        source = textwrap.dedent(inspect.getsource(method))
+        assert (
+            "super()" in source and len(source.splitlines()) - len((inspect.getdoc(method) or "").splitlines()) <= 25
+        )
 
 
 def test_an_overridden_method_that_is_not_listed_is_found():

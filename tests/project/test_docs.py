@@ -1,6 +1,5 @@
 """Docs and recipes are kept: links lead somewhere, every entry has its row, every YAML parses, examples are right."""
 
-import ast
 import doctest
 import importlib
 import inspect
@@ -9,19 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-from trl.scripts.grpo import GRPOScriptArguments
+from strict_options import read_options
 
 from recipes.gsm8k import exact_number, to_prompt
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
-from trl_ext.functional.rewards import RewardBatch
-from trl_ext.lookup import import_path
-from trl_ext.trainers.dpo import DPOConfig
-from trl_ext.trainers.grpo import GRPOConfig
+from trl_ext.functional.preference import PREFERENCE_LOSSES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")])
-KINDS = {"grpo": (GRPOScriptArguments, GRPOConfig), "dpo": (ScriptArguments, DPOConfig)}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 FUNCTIONAL = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -33,17 +27,31 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
+def anchors(page):
+    """Of its headings, as GitHub makes them: small letters, hyphens for spaces, no other signs, the second with -1."""
+    found = {}
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for heading in re.findall(r"^#{1,6} (.+)$", text, re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        name = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        found[name] = found.get(name, -1) + 1
+        yield f"{name}-{found[name]}" if found[name] else name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+def test_links_lead_to_files_and_to_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+            file, _, anchor = target.partition("#")
+            where = page.parent / file if file else page
+            assert where.exists(), target
+            assert not anchor or anchor in anchors(where), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_python_in_the_docs_parses(page):
-    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        ast.parse(code)
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A beta of the batch\n## `exact`, in 4-bit: why?\n## Twice\n```\n# no heading\n```\n## Twice\n")
+    assert [*anchors(page)] == ["a-beta-of-the-batch", "exact-in-4-bit-why", "twice", "twice-1"]
 
 
 def test_every_estimator_has_its_row():
@@ -58,17 +66,6 @@ def test_every_method_page_is_in_the_index_and_in_the_readme():
     index, readme = (ROOT / "docs/index.md").read_text(), (ROOT / "README.md").read_text()
     for page in (ROOT / "docs/methods").glob("*.md"):
         assert f"methods/{page.name}" in index and f"docs/methods/{page.name}" in readme, page.name
-
-
-def test_the_estimator_of_the_docs_works(tmp_path, monkeypatch):
-    import torch
-
-    code = re.search(r"# my_estimators.py\n(.*?)```", (ROOT / "docs/extend.md").read_text(), re.DOTALL)[1]
-    (tmp_path / "my_estimators.py").write_text(code)
-    monkeypatch.chdir(tmp_path)
-    function = import_path("my_estimators.clipped_mean")
-    rewards, ones = torch.tensor([[0.0, 4.0], [0.0, 0.0]]), torch.ones(2, 2)
-    assert function(RewardBatch(rewards, ones.bool(), ones, 2), limit=0.5).tolist() == [0.5, -0.5]
 
 
 @pytest.mark.parametrize("module", [*FUNCTIONAL, "recipes.clock.task"])
@@ -97,20 +94,46 @@ def test_a_recipe_parses_without_unknown_keys(path, monkeypatch):
     text = path.read_text()
     assert len(text.splitlines()) <= 40
     assert "run to the end" in text.lower(), "the header says whether anyone has"
-    command = re.search(rf"trl-ext (\w+) --config recipes/{path.name}", text)[1]
-    script_arguments, config_class = KINDS[command]
-    parser = TrlParser((script_arguments, config_class, ModelConfig, DatasetMixtureConfig))
-    on_this_machine = {"bf16": False, "use_cpu": True}
-    options = yaml.safe_load(text) | on_this_machine
-    assert parser.set_defaults_with_config(**options) == []
-    script_args, *_ = parser.parse_args_into_dataclasses(args=[])
-    for reward in getattr(script_args, "reward_funcs", None) or []:
-        import_path(reward)
+    read_options(command_of(path), yaml.safe_load(text))
+
+
+def command_of(recipe):
+    return re.search(rf"trl-ext (\w+) --config recipes/{recipe.name}", recipe.read_text())[1]
+
+
+def in_code(cell):
+    return {*re.findall(r"`([^`]+)`", cell)}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_a_recipe_is_in_the_table(path):
-    assert f"({path.name})" in (ROOT / "recipes/README.md").read_text()
+def test_the_row_of_a_recipe_is_true(path):
+    options, header = yaml.safe_load(path.read_text()), path.read_text().split("\n\n")[0]
+    table = (ROOT / "recipes/README.md").read_text()
+    row = re.search(rf"^\| \[{path.stem}\]\({path.name}\) \|(.*)\|$", table, re.MULTILINE)
+    method, model, data, needs, run = (cell.strip() for cell in row[1].split("|"))
+
+    if command_of(path) == "dpo":
+        names, also = options["loss_type"], {"trl-ext dpo"}
+        title = PREFERENCE_LOSSES[names[0]].method
+    else:
+        names, also = [options["advantage_estimator"]], {*filter(None, [options.get("kl_estimator")])}
+        title = ADVANTAGE_ESTIMATORS[names[0]].method
+    assert method.startswith(f"{title} (`{names[0]}`)") and in_code(method) == {*names} | also
+
+    scorer = options.get("process_reward_model")
+    assert in_code(model) == {options["model_name_or_path"]} | ({scorer["model"]} if scorer else set())
+    assert ("LoRA" in model) == options.get("use_peft", False)
+    assert ("4-bit" in model) == (options.get("load_in_4bit", False) or bool(scorer and scorer.get("load_in_4bit")))
+    assert in_code(data) == {options["dataset_name"]}
+    embedded = (ROOT / options["model_name_or_path"]).exists() and (ROOT / options["dataset_name"]).exists()
+    assert ("the hub" in needs) != embedded and ("a CPU" in needs) == embedded
+    was_run = re.search("^# (Run|Not run) to the end", header, re.MULTILINE)[1] == "Run"
+    assert run == ("yes" if was_run else "no")
+
+
+def test_every_row_of_the_recipes_has_its_file():
+    rows = re.findall(r"^\| \[.*\]\((.*\.yaml)\)", (ROOT / "recipes/README.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == [path.name for path in RECIPES]
 
 
 def test_the_gsm8k_reward_compares_numbers():

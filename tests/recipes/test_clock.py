@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipes.clock import accuracy as accuracy_module
 from recipes.clock import compare
-from recipes.clock.accuracy import accuracy, draw_curves, read_rows
+from recipes.clock.accuracy import accuracy, draw_curves, read_rows, write_completions
 from recipes.clock.task import (
     Problem,
     correct_values,
@@ -239,6 +239,19 @@ def test_the_base_is_right_sometimes_and_measuring_it_leaves_no_trace(model, tok
     assert torch.equal(torch.get_rng_state(), random_state)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.generation_config.to_dict() == generation_config
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_models_own_generation_config_does_not_change_what_is_measured(model, tokenizer, do_sample):
+    rows, own = read_rows()[:4], model.generation_config
+    expected = write_completions(model, tokenizer, rows, do_sample)
+    try:
+        for name, value in {"repetition_penalty": 5.0, "num_beams": 3, "min_new_tokens": 60}.items():
+            model.generation_config = GenerationConfig()
+            setattr(model.generation_config, name, value)
+            assert write_completions(model, tokenizer, rows, do_sample) == expected, name
+    finally:
+        model.generation_config = own
 
 
 def test_the_hard_base_is_rarely_right_and_its_data_are_right():

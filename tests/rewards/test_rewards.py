@@ -167,6 +167,60 @@ def test_a_chat_model_answers_each_step_in_its_own_turn(saved):
     assert_scores(ProcessRewardModel(folder, "chat")(prompts=PROMPTS, completion_steps=STEPS), expected)
 
 
+# Templates as those of Qwen3 (empty thoughts before the last answer alone) and DeepSeek-R1's distilled models (the
+# prompt for an answer opens thoughts, an answer has none), in the tokens of the clock model.
+UNSTABLE = {
+    "Qwen3": """{{- bos_token }}{%- for m in messages %}{{- '<|' + m.role + '|>' }}{%- if m.role == 'assistant' %}
+{%- if loop.last %}{{- '##' }}{%- endif %}{{- m.content + eos_token }}{%- else %}{{- m.content }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}""",
+    "DeepSeek-R1": """{{- bos_token }}{%- for m in messages %}{{- '<|' + m.role + '|>' + m.content }}
+{%- if m.role == 'assistant' %}{{- eos_token }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>##' }}{%- endif %}""",
+}
+
+
+@pytest.mark.parametrize("template", UNSTABLE)
+def test_a_chat_template_that_writes_the_answer_elsewhere_is_refused(saved, template):
+    prm = ProcessRewardModel(saved("chat"), "chat")
+    prm.load()
+    prm.tokenizer.chat_template = UNSTABLE[template]
+    name = prm.__name__
+    with pytest.raises(ValueError, match=rf"The chat template of '{name}' does not write the answer to step \d where"):
+        prm(prompts=PROMPTS, completion_steps=STEPS)
+
+
+@pytest.mark.parametrize("kind", ["token_classifier", "marker", "good_bad", "chat"])
+def test_blocks_of_text_are_read_as_their_text(saved, kind):
+    prm = ProcessRewardModel(saved(kind), kind)
+    plain = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    blocks = [
+        [{"role": "user", "content": [{"type": "text", "text": p[:3]}, {"type": "text", "text": p[3:]}]}]
+        for p in PROMPTS
+    ]
+    expected = prm(prompts=plain, completion_steps=STEPS)
+    assert prm(prompts=blocks, completion_steps=STEPS) == expected == prm(prompts=PROMPTS, completion_steps=STEPS)
+    blocks[0][0]["content"].append({"type": "image"})
+    with pytest.raises(ValueError, match=r"reads text alone, but the prompt holds blocks of \['image', 'text'\]"):
+        prm(prompts=blocks, completion_steps=STEPS)
+
+
+@pytest.mark.parametrize("kind", ["good_bad", "chat"])
+def test_a_language_model_makes_logits_only_where_a_score_is_read(saved, kind):
+    prm = ProcessRewardModel(saved(kind), kind)
+    prm.load()
+    sizes = []
+    prm.model.get_output_embeddings().register_forward_hook(lambda module, args, output: sizes.append(output.shape))
+    prm(prompts=PROMPTS, completion_steps=STEPS)
+    assert sizes == [(1, 4, prm.model.config.vocab_size)], "four steps, and not every token of the batch"
+    assert not prm.model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_a_batch_of_steps_beyond_the_largest_length_has_no_score(saved):
+    prm = ProcessRewardModel(saved("good_bad"), "good_bad", max_length=2)
+    assert prm(prompts=PROMPTS, completion_steps=STEPS) == [[None] * 3, [None], []]
+
+
 def test_a_marker_that_the_policy_wrote_itself_moves_nothing(saved):
     prm = ProcessRewardModel(saved("marker"), "marker")
     (honest,) = prm(prompts=PROMPTS[:1], completion_steps=[["a4+3=7\n", "#7"]])
@@ -199,6 +253,7 @@ def test_four_bit_weights_score_nearly_the_same(saved):
         ({"kind": "marker", "score": "logit"}, "score must be one of ['probability', 'difference'], got 'logit'."),
         ({"kind": "chat", "separator": "\n"}, "separator must be left out for 'chat'."),
         ({"kind": "marker", "separator": ""}, "separator must be a text for 'marker'."),
+        ({"kind": "good_bad", "separator": " ки\\n"}, "separator holds a backslash and a letter where a control"),
         ({"kind": "marker", "batch_size": 0}, "batch_size must be a positive whole number, got 0."),
         ({"kind": "marker", "maximum": 1}, "process_reward_model has no 'maximum'; it takes ['bad', 'batch_size',"),
         ({}, "process_reward_model needs 'kind'."),

@@ -343,7 +343,13 @@ KL = {"kl_estimator": "k3", "beta": 0.1, "max_steps": 1}
         ({"prompt": ["ab", "c", None, "d"]}, "Column 'prompt' must hold texts or conversations, got None in row 2 of"),
         ({"prompt": [1, 2, 3, 4]}, "Column 'prompt' must hold texts or conversations, got 1 in row 0 of"),
         ({"prompt": [[], []]}, r"Column 'prompt' must hold texts or conversations, got \[\] in row 0 of"),
-        ({"question": ["a"] * 4}, r"train_dataset has no column 'prompt'; it has \['question'\]."),
+        (
+            {"question": ["a"] * 4, "b": ["a"] * 4},
+            r"train_dataset has no column 'prompt'; it has \['b', 'question'\]. Rename one: "
+            r"dataset.rename_column\('question', 'prompt'\).",
+        ),
+        ({"promt": ["a"] * 4}, r"Rename one: dataset.rename_column\('promt', 'prompt'\)."),
+        ({"b": ["a"] * 4}, r"it has \['b'\]. Rename a column to 'prompt', or make it with dataset.map."),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused_by_row(train, monkeypatch, column, message, options):

@@ -50,7 +50,7 @@ def test_the_card_names_the_method_its_paper_and_the_options(tiny_model, tmp_pat
     assert (
         f"### Options of trl_ext {__version__}\n\n- `advantage_estimator`: `reinforce_plus_plus`\n"
         "- `advantage_kwargs`: `{'gamma': 0.9}`\n- `kl_placement`: `reward`\n- `beta`: `0.1`\n"
-        "- `loss_type`: `dapo`\n- `num_generations`: `4`\n\n### Framework versions\n" in text
+        "- `epsilon`: `0.2`\n- `loss_type`: `dapo`\n- `num_generations`: `4`\n\n### Framework versions\n" in text
     )
     assert all(f"- {tag}\n" in text for tag in ("trl", "grpo", "trl-ext", "clock"))
 
@@ -124,6 +124,20 @@ def test_the_card_of_an_adapter_keeps_the_tag(tiny_model, tmp_path):
     off = trainer(tiny_model, tmp_path, lora=True)
     off.save_model(str(tmp_path / "off"))
     assert "trl-ext" not in (tmp_path / "off" / "README.md").read_text()
+
+
+def test_the_card_in_a_checkpoint_of_an_adapter_is_ours_with_pefts_facts(tiny_model, tmp_path):
+    options = {"lora": True, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    for name, ours in (("on", REINFORCE_PLUS_PLUS), ("off", {})):
+        trainer(tiny_model, tmp_path / name, **options, **ours).train()
+    text = (tmp_path / "on" / "checkpoint-1" / "README.md").read_text()
+    assert "trained with REINFORCE++, a method introduced in" in text and "- `kl_placement`: `reward`\n" in text
+    assert "library_name: peft\n" in text and f"base_model: {tiny_model}\n" in text and "- trl-ext\n" in text
+    off = (tmp_path / "off" / "checkpoint-1" / "README.md").read_text()
+    assert "trl-ext" not in off and "Model Card for Model ID" in off, "PEFT's own"
+    full = {**options, "lora": False}
+    trainer(tiny_model, tmp_path / "full", **full, **REINFORCE_PLUS_PLUS).train()
+    assert not (tmp_path / "full" / "checkpoint-1" / "README.md").exists(), "as with TRL"
 
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGE_ESTIMATORS.keys() - {"group_relative"}))

@@ -15,7 +15,7 @@ from ..upstream import fused_head
 from .attention import NAME, register_attention
 from .head import scores
 from .packing import Packed, pack
-from .verdict import different, evaluating, smallest_window, unfit
+from .verdict import different, evaluating, rotary_limit, smallest_window, unfit
 
 LEAST_SAVED = 0.05  # of the padded tokens; less is not worth other kernels
 VOCABULARY_CHUNK = 32_768  # TRL's, for its head on our states
@@ -43,6 +43,7 @@ class SharedPrefix:
         self.counts = {"packed": 0, "padded": 0, "packed_tokens": 0, "padded_tokens": 0}
         self._judged: set[bool] = set()  # in which modes of the model: dropout is seen in training only
         self._window: int | None = None
+        self._rotary_limit = rotary_limit(model)
         self._said: set[str] = set()
         self._collected: list[torch.Tensor] | None = None
         self._ref_hidden: torch.Tensor | None = None
@@ -136,6 +137,8 @@ class SharedPrefix:
             return "the loss of its routers reads every padded row"
         if args or given or mask is None or mask.dim() != 2 or kwargs.get("labels") is None:
             return f"it is called with {', '.join(given) or 'other arguments than ids, mask and labels'}"
+        if self._rotary_limit is not None and kwargs["input_ids"].size(1) > self._rotary_limit:
+            return f"beyond {self._rotary_limit} tokens its rotary embeddings depend on the length of the padded row"
         labels, size = kwargs["labels"], kwargs["input_ids"].numel()
         if self._without is not None and len(self._without) == len(labels):
             labels = labels.masked_fill(self._without[:, None].to(labels.device), -100)

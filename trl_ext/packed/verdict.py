@@ -29,6 +29,9 @@ def unfit(model: Any, layout: Layout) -> str | None:
             Layout of that row, with the arguments of the attention function.
     """
     calls, layers = layout.calls or [], model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    if getattr(config, "attn_temperature_tuning", False) or getattr(config, "attention_chunk_size", None):
+        return "its attention depends on the place of a token in the row that it is given"
     if getattr(model, "_is_stateful", False) or any(isinstance(m, torch.nn.Conv1d) for m in model.modules()):
         return "it has layers that carry a state from token to token"
     if len(calls) != layers:
@@ -42,6 +45,20 @@ def unfit(model: Any, layout: Layout) -> str | None:
 def smallest_window(layout: Layout) -> int | None:
     """The shortest sliding window of a model's layers, in tokens."""
     return min((call["sliding_window"] for call in layout.calls or [] if call.get("sliding_window")), default=None)
+
+
+def rotary_limit(model: Any) -> int | None:
+    """
+    Tokens of a padded row from which on the rotary embeddings of all its tokens depend on its length; `None`: never.
+    """
+    config = model.config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in found.values() if found and all(isinstance(x, dict) for x in found.values()) else [found]:
+        kind = one.get("rope_type", one.get("type", "default"))
+        if "dynamic" in kind or kind == "longrope":
+            trained_on = one.get("original_max_position_embeddings")
+            return trained_on or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+    return None
 
 
 def different(model: Any, ours: torch.Tensor, theirs: torch.Tensor, scored: int) -> str | None:

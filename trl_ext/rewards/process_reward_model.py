@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import re
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ from transformers import (
 _SCORES = ("probability", "difference")
 # What a kind writes after each step. "chat" writes nothing: it answers each step with `good`.
 _SEPARATORS = {"token_classifier": "\n", "marker": "<extra_0>", "good_bad": " ки\n", "chat": ""}
+
+
+def refuse_escapes(name: str, text: str) -> None:
+    r"""
+    Refuses `\n`, `\t` and `\r` written as two characters, unless a letter follows, as in LaTeX's `\nabla`. Shells, and
+    YAML without double quotes, leave the backslash as it is; such a separator never occurs, and nothing would fail.
+    """
+    if re.search(r"\\[nrt](?![A-Za-z])", text):
+        meant = text.encode("unicode_escape").decode().replace("\\\\", "\\")
+        raise ValueError(
+            f"{name} holds a backslash and a letter where a control character is meant, got {text!r}. Write "
+            f"\"{meant}\" with double quotes in YAML, $'{meant}' in a shell."
+        )
 
 
 class ProcessRewardModel:
@@ -97,6 +111,7 @@ class ProcessRewardModel:
         separator = _SEPARATORS[kind] if separator is None else separator
         if (kind == "chat") != (separator == ""):
             raise ValueError(f"separator must be {'left out' if kind == 'chat' else 'a text'} for {kind!r}.")
+        refuse_escapes("separator", separator)
         for name, value in (("batch_size", batch_size), ("max_length", max_length or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}.")
@@ -184,30 +199,47 @@ class ProcessRewardModel:
             input_ids[row, : lengths[row]] = torch.tensor(ids[:width])
         mask = (torch.arange(width) < lengths[:, None]).long()
         device = next(self.model.parameters()).device
-        logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device))[0]
-        if self.kind in ("good_bad", "chat"):
-            logits = logits[..., self.answer_ids]
-        elif logits.size(-1) == 1:
+        scores: list[list[float | None]] = [[None] * len(places) for _, places in batch]
+        steps = [(row, j) for row, (_, places) in enumerate(batch) for j, place in enumerate(places) if place < width]
+        if not steps:
+            return scores
+        rows, columns = torch.tensor([(row, batch[row][1][j]) for row, j in steps], device=device).T
+        logits = self._logits((rows, columns), input_ids=input_ids.to(device), attention_mask=mask.to(device))
+        if logits.size(-1) == 1:
             logits = torch.cat([torch.zeros_like(logits), logits], dim=-1)
-        elif logits.size(-1) != 2:
+        good = logits.float().softmax(-1)[:, 1].cpu()
+        good = 2 * good - 1 if self.score == "difference" else good
+        for (row, j), score in zip(steps, good.tolist(), strict=True):
+            scores[row][j] = score
+        return scores
+
+    def _logits(self, at: tuple[torch.Tensor, torch.Tensor], **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits of bad and good, or of good alone, at these rows and tokens: `(places, 2)` or `(places, 1)`."""
+        if self.kind in ("good_bad", "chat"):
+            # The head of a language model is given these hidden states alone: it has an output per word.
+            head = self.model.get_output_embeddings()
+            handle = head.register_forward_pre_hook(lambda module, args: (args[0][at][None],))
+            try:
+                return self.model(**inputs)[0][0][:, self.answer_ids]
+            finally:
+                handle.remove()
+        logits = self.model(**inputs)[0][at]
+        if logits.size(-1) not in (1, 2):
             raise ValueError(
                 f"{self.__name__!r} has {logits.size(-1)} outputs per token; kind={self.kind!r} needs 2 (bad, "
                 "good), or 1."
             )
-        good = logits.float().softmax(-1)[..., 1].cpu()
-        good = 2 * good - 1 if self.score == "difference" else good
-        return [
-            [good[row, place].item() if place < width else None for place in places]
-            for row, (_, places) in enumerate(batch)
-        ]
+        return logits
 
     def _encode(self, prompt: Any, steps: list[str]) -> tuple[list[int], list[int]]:
         """Token ids of prompt and steps in the model's format, and for each step the token to read its score at."""
         marker = self.separator.strip()
         texts = [step.strip().removesuffix(marker).strip() for step in steps]
+        messages = [_message("user", prompt)] if isinstance(prompt, str) else prompt
+        messages = [{**message, "content": _text(message["content"])} for message in messages]
         if self.kind == "chat":
-            return self._encode_chat(prompt, texts)
-        head = self._prompt_text(prompt)
+            return self._encode_chat(messages, texts)
+        head = self._prompt_text(messages)
         if self.kind == "token_classifier":  # trained on pieces that were encoded one by one
             pieces = [self._ids(head), *(self._ids(piece) for text in texts for piece in (text, self.separator))]
             ends = [sum(map(len, pieces[: 2 * j + 3])) - 1 for j in range(len(texts))]
@@ -219,8 +251,7 @@ class ProcessRewardModel:
             places.append(len(text) - len(self.separator) + len(self.separator.rstrip()))
         return self._ids_and_tokens(text, [place - 1 for place in places])
 
-    def _encode_chat(self, prompt: Any, steps: list[str]) -> tuple[list[int], list[int]]:
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    def _encode_chat(self, messages: list[dict], steps: list[str]) -> tuple[list[int], list[int]]:
         *before, question = ([] if self.system_prompt is None else [_message("system", self.system_prompt)]) + messages
         turns, starts = [*before], []
         for j, step in enumerate(steps):
@@ -230,11 +261,17 @@ class ProcessRewardModel:
         if not steps:
             return [], []
         ids, tokens = self._ids_and_tokens(self.tokenizer.apply_chat_template(turns, tokenize=False), starts)
+        for j, token in enumerate(tokens):
+            if token is None or ids[token] != self.answer_ids[1]:
+                raise ValueError(
+                    f"The chat template of {self.__name__!r} does not write the answer to step {j} where its "
+                    "generation prompt ends, so that its score would be read inside other text. kind='chat' needs a "
+                    "template that begins a conversation as it renders the beginning alone: save the model with one."
+                )
         return ids, [token - 1 for token in tokens]
 
-    def _prompt_text(self, prompt: Any) -> str:
+    def _prompt_text(self, messages: list[dict]) -> str:
         """The prompt, through the chat template where the tokenizer has one and the model wants it."""
-        messages = prompt if isinstance(prompt, list) else [_message("user", prompt)]
         if self.kind == "marker" and self.tokenizer.chat_template is not None:
             if self.system_prompt is not None:
                 messages = [_message("system", self.system_prompt), *(m for m in messages if m["role"] != "system")]
@@ -251,7 +288,7 @@ class ProcessRewardModel:
         plain = self.kind == "good_bad" or self.tokenizer.chat_template is None
         encoded = self.tokenizer(text, add_special_tokens=plain)
         tokens = [encoded.char_to_token(character) for character in characters]
-        if None in tokens:
+        if None in tokens and self.kind != "chat":
             raise ValueError(
                 f"The tokenizer of {self.__name__!r} writes no token where step {tokens.index(None)} ends, so that it "
                 f"has no score. Choose a separator that it keeps, got {self.separator!r}."
@@ -261,3 +298,13 @@ class ProcessRewardModel:
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
+
+
+def _text(content: Any) -> str:
+    """The text of a message, of which TRL makes a list of blocks for models with images."""
+    if isinstance(content, str | None):
+        return content or ""
+    kinds = {block["type"] for block in content}
+    if kinds - {"text"}:
+        raise ValueError(f"A process-reward model reads text alone, but the prompt holds blocks of {sorted(kinds)}.")
+    return "".join(block["text"] for block in content)

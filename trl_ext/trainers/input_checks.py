@@ -1,5 +1,6 @@
 """What is wrong with a data set or a tokenizer, said before training begins and on all processes alike."""
 
+import difflib
 import math
 import sys
 import warnings
@@ -8,6 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
+from ..lookup import did_you_mean
+
+# What data sets call the columns that TRL reads.
+_ALSO_CALLED = {
+    "prompt": ("question", "problem", "instruction", "query", "input", "messages"),
+    "chosen": ("preferred", "accepted", "winner", "better", "positive"),
+    "rejected": ("dispreferred", "loser", "worse", "negative"),
+}
 
 
 def datasets_of(given: Any) -> list:
@@ -23,8 +33,19 @@ def column_names(dataset: Any) -> list[str]:
 def require_columns(dataset: Any, name: str, columns: list[str]) -> None:
     """Refuses a data set without one of `columns`; `name` stands for it in the sentence."""
     for column in columns:
-        if column not in column_names(dataset):
-            raise ValueError(f"{name} has no column {column!r}; it has {sorted(column_names(dataset))}.")
+        names = column_names(dataset)
+        if column not in names:
+            raise ValueError(f"{name} has no column {column!r}; it has {sorted(names)}{_advice(column, names)}")
+
+
+def _advice(column: str, names: list[str]) -> str:
+    """The end of the sentence about a missing column: which one may be meant, and what to do."""
+    if column not in _ALSO_CALLED:  # the name is the user's own
+        return did_you_mean(column, names)
+    meant = [name for name in _ALSO_CALLED[column] if name in names] + difflib.get_close_matches(column, names, n=1)
+    if meant:
+        return f". Rename one: dataset.rename_column({meant[0]!r}, {column!r})."
+    return f". Rename a column to {column!r}, or make it with dataset.map."
 
 
 def require_texts(dataset: Any, name: str, columns: list[str], tokenizer: Any = None) -> None:
@@ -43,22 +64,22 @@ def require_texts(dataset: Any, name: str, columns: list[str], tokenizer: Any = 
     """
     empty_is_no_token = tokenizer is not None and not tokenizer("")["input_ids"]
     for column in columns:
-        for row, value in _rows(dataset, column):
+        for row, value in rows_of(dataset, column):
             if not isinstance(value, str | list) or value == []:
                 raise ValueError(
-                    f"Column {column!r} must hold texts or conversations, got {value!r}{_place(row, name)}."
+                    f"Column {column!r} must hold texts or conversations, got {value!r}{place_of(row, name)}."
                 )
             if empty_is_no_token and value == "":
                 raise ValueError(
-                    f"Column {column!r} must hold texts of at least one token, got {value!r}{_place(row, name)}. "
+                    f"Column {column!r} must hold texts of at least one token, got {value!r}{place_of(row, name)}. "
                     "Remove the row."
                 )
 
 
 def require_numbers(dataset: Any, name: str, key: str, column: str) -> None:
     """Refuses rows in which `column`, read as `key` of a pair, holds what [`checked_number`] does not take."""
-    for row, value in _rows(dataset, column):
-        checked_number(key, column, value, _place(row, name))
+    for row, value in rows_of(dataset, column):
+        checked_number(key, column, value, place_of(row, name))
 
 
 def checked_number(key: str, column: str, value: Any, where: str = "") -> float:
@@ -83,11 +104,12 @@ def require_eos(tokenizer: Any) -> None:
         )
 
 
-def _place(row: int, name: str) -> str:
+def place_of(row: int, name: str) -> str:
+    """The row, as it stands in a sentence about a data set that is called `name`."""
     return f" in row {row} of {name.replace('The', 'the')}"
 
 
-def _rows(dataset: Any, column: str) -> Iterator[tuple[int, Any]]:
+def rows_of(dataset: Any, column: str) -> Iterator[tuple[int, Any]]:
     """Rows of a column; none of a stream, which cannot be read twice, or of rows that are made when they are read."""
     if isinstance(dataset, Dataset) and column in dataset.column_names and dataset.format["type"] != "custom":
         batches = dataset.select_columns([column]).with_format(None).iter(batch_size=1000)

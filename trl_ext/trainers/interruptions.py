@@ -8,11 +8,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from torch.utils.data import IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..lookup import import_path
+from .model_card import replace_card_of_adapter
+from .reference import load_reference, save_reference
 
 _STATE_FILE = "trl_ext_state.json"
 
@@ -96,6 +100,19 @@ def resumable(sampler: Any) -> Any:
     return sampler
 
 
+def _warn_of_replayed_rows(checkpoint: Any) -> None:
+    """A stream has no length, so that the `Trainer` skips what was seen in all epochs within the first one."""
+    if isinstance(checkpoint, str) and os.path.isdir(checkpoint):
+        epoch = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text()).get("epoch") or 0
+        if epoch >= 1:
+            warnings.warn(
+                f"{checkpoint} was written in epoch {int(epoch) + 1} of a stream, where its rows continue in another "
+                "order than in an uninterrupted run: the epoch begins again. Only data sets with an index continue "
+                "where they stopped.",
+                stacklevel=3,
+            )
+
+
 @contextmanager
 def keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
     """
@@ -111,7 +128,7 @@ def keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
 
 def callback_classes(paths: str | list[str] | None) -> list[Any]:
     """The classes at the dotted paths of the option `callback_paths`; a single string is a list of one."""
-    return [import_path(path) for path in ([paths] if isinstance(paths, str) else paths or [])]
+    return [import_path(path, "callback_paths") for path in ([paths] if isinstance(paths, str) else paths or [])]
 
 
 def add_callbacks(trainer: Any, paths: str | list[str] | None) -> None:
@@ -134,6 +151,7 @@ class Interruptible:
 
     args: Any
     model: Any
+    train_dataset: Any
     _is_ours: bool
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -146,6 +164,8 @@ class Interruptible:
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if self._is_ours:
             resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            if isinstance(self.train_dataset, datasets.IterableDataset | IterableDataset):
+                _warn_of_replayed_rows(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -153,14 +173,19 @@ class Interruptible:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _save_checkpoint(self, model, trial):
-        if self._is_ours:
-            folder, state = begin_checkpoint(self, trial), self.get_extra_state()
-            if state and self.args.should_save:  # before the trainer's own state makes the folder whole
-                (folder / _STATE_FILE).write_text(json.dumps(state))
+        if not self._is_ours:
+            return super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        folder, state = begin_checkpoint(self, trial), self.get_extra_state()
+        if state and self.args.should_save:  # before the trainer's own state makes the folder whole
+            (folder / _STATE_FILE).write_text(json.dumps(state))
+        save_reference(self, folder)
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        replace_card_of_adapter(self, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self._is_ours:
+            load_reference(self, checkpoint)
         if checkpoint is None or not (state := self.get_extra_state()):
             return
         path = Path(checkpoint, _STATE_FILE)

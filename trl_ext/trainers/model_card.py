@@ -1,8 +1,10 @@
 """The model card of a run: the method that our options select, its paper, and the options themselves."""
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
@@ -52,6 +54,17 @@ def model_card_with_options(trainer: Any, rows: Iterable[Any], also: Iterable[st
 def add_model_tag(trainer: Any) -> None:
     """Tags the model as trained with us; PEFT writes the tags of the model into the card of an adapter."""
     trainer.model.add_model_tags([TAG])
+
+
+def replace_card_of_adapter(trainer: Any, checkpoint: Path) -> None:
+    """
+    Puts the card of the run in place of the empty template that PEFT writes into a checkpoint; PEFT then adds its own
+    facts to it, as it does in the folder of the run.
+    """
+    card, template = Path(trainer.args.output_dir, "README.md"), checkpoint / "README.md"
+    if trainer.args.should_save and template.exists() and card.exists():
+        shutil.copyfile(card, template)
+        trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(str(checkpoint))
 
 
 def _add_section(path: str, options: dict[str, Any]) -> None:

@@ -21,6 +21,11 @@ def sharding(options: Any) -> str | None:
     return "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else None
 
 
+def is_compiled(options: Any) -> bool:
+    """Whether the model is compiled, by an option or by accelerate's launcher."""
+    return bool(options.torch_compile) or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+
+
 def _parallelism(config: Any) -> str | None:
     """What cuts a sequence or a layer between processes, of an accelerate `ParallelismConfig`."""
     kinds = {"cp_enabled": "context", "sp_enabled": "sequence", "tp_enabled": "tensor"}
@@ -34,7 +39,7 @@ def check_shared_prefix(options: Any) -> None:
         raise ValueError(f"shared_prefix must be true or false, got {value!r}.")
     if not value:
         return
-    compiled = "torch_compile" if options.torch_compile else None
+    compiled = "torch_compile" if is_compiled(options) else None
     if other := compiled or sharding(options) or _parallelism(options.parallelism_config):
         raise ValueError(f"shared_prefix is not available with {other}: nobody has run the two together. Remove one.")
     implementation = (options.model_init_kwargs or {}).get("attn_implementation", "sdpa")

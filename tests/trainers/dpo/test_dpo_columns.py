@@ -239,14 +239,52 @@ def test_a_missing_column_is_refused_before_the_model_loads(tmp_path):
         )  # fmt: skip
 
 
+def test_a_column_of_a_similar_name_is_pointed_at(tmp_path):
+    rows, options = pairs(4, prob=lambda i: 0.5), {"loss_type": ["gpo_logistic"], "preference_prob_column": "probb"}
+    with pytest.raises(ValueError, match=r"it has \['chosen', 'prob', 'prompt', 'rejected'\]; did you mean 'prob'\?"):
+        build(DPOTrainer, DPOConfig, "no/such/model", tmp_path, train_dataset=rows, **options)
+
+
 def test_hard_labels_with_the_logit_are_refused_unless_clamped(tiny_model, tmp_path):
     options = {"loss_type": ["psipo_logit"], "preference_prob_column": "p", "max_steps": 1}
     hard = pairs(4, p=lambda i: 1.0)
-    trainer = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, train_dataset=hard, **options)
+    trainer = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, train_dataset=hard.to_iterable_dataset(), **options)
     with pytest.raises(ValueError, match="Ψ is infinite at a preference probability of 1"):
         trainer.train()
     options["loss_kwargs"] = {"psipo_logit": {"eps": 0.01}}
     build(DPOTrainer, DPOConfig, tiny_model, tmp_path, train_dataset=hard, **options).train()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1 - 1e-9, 1], ids=str)
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_one_infinite_target_is_refused_with_its_row_before_a_model_loads(tmp_path, value, name):
+    rows = pairs(8, p=lambda i: float(value) if i in (5, 6) else 0.25)
+    given = {"train_dataset": rows} if name == "train" else {"train_dataset": pairs(8, p=lambda i: 0.5)}
+    given |= {"eval_dataset": {"mine": rows}} if name == "eval" else {}
+    for options in ({"loss_type": ["psipo_logit"]}, {"loss_type": ["psipo"], "psi": "test_dpo_columns.steep"}):
+        message = (
+            rf"Column 'p' holds \S+ in row 5 of {name}_dataset: Ψ is infinite at a preference probability of [01],"
+        )
+        with pytest.raises(ValueError, match=message):
+            build(DPOTrainer, DPOConfig, "no/such/model", tmp_path, preference_prob_column="p", **options, **given)
+
+
+def steep(prob):
+    return -1 / prob
+
+
+def test_rows_are_read_once_and_those_of_a_new_evaluation_too(tiny_model, tmp_path, monkeypatch):
+    read = []
+    original = dpo_module.require_texts
+    monkeypatch.setattr(dpo_module, "require_texts", lambda data, *args: [read.append(data), original(data, *args)])
+    rows, held_out, new = pairs(4), pairs(3), pairs(2)
+    trainer = build(
+        DPOTrainer, DPOConfig, tiny_model, tmp_path, loss_type=["dpop"], train_dataset=rows,
+        eval_dataset={"a": held_out},
+    )  # fmt: skip
+    assert [id(data) for data in read] == [id(rows), id(held_out)] and not trainer._checked
+    trainer.evaluate(new)
+    assert [id(data) for data in read[2:]] == [id(new)]
 
 
 def test_a_loss_of_the_wrong_shape_is_refused(tiny_model, tmp_path):
@@ -361,17 +399,17 @@ def test_simpo_loads_no_reference_and_makes_one_forward_pass(tiny_model, tmp_pat
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.train()
     assert len(calls) == 3  # two steps, and one batch of evaluation
-    assert not any(name.startswith(("rewards/", "logratios/")) for entry in logged(trainer) for name in entry)
+    assert not any(name.startswith("logratios/") for entry in logged(trainer) for name in entry)
     assert not trainer.args.precompute_ref_log_probs and trainer.args.loss_type == ["simpo", "sft"]
     metrics = trainer.evaluate(pairs(6))
-    assert metrics["eval_loss/simpo"] > 0 and "eval_rewards/chosen" not in metrics
+    assert metrics["eval_loss/simpo"] > 0 and 0 <= metrics["eval_rewards/accuracies"] <= 1
     rows = list(trainer.train_dataset)[:4]
     batch = trainer.data_collator(rows)
     with torch.no_grad():
         trainer._metrics["train"].clear()
         trainer.model.train()
         trainer.compute_loss(trainer.model, batch)
-        expected = 0.0
+        expected, rewards = 0.0, []
         for row in rows:
             means = []
             for name in ("chosen_ids", "rejected_ids"):
@@ -379,8 +417,28 @@ def test_simpo_loads_no_reference_and_makes_one_forward_pass(tiny_model, tmp_pat
                 logps = trainer.model(input_ids=ids).logits.double().log_softmax(-1)[0, :-1]
                 per_token = logps.gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :]
                 means.append(per_token.mean().item())
+            rewards.append([2.0 * mean for mean in means])
             expected += -torch.nn.functional.logsigmoid(torch.tensor(2.0 * (means[0] - means[1]) - 0.3)).item() / 4
+    found = {name: values for name, values in trainer._metrics["train"].items() if name.startswith("rewards/")}
+    chosen, rejected = torch.tensor(rewards).T
     assert trainer._metrics["train"]["loss/simpo"][-1] == pytest.approx(expected, rel=1e-5)
+    assert found == {
+        "rewards/chosen": [pytest.approx(chosen.mean().item(), rel=1e-5)],
+        "rewards/rejected": [pytest.approx(rejected.mean().item(), rel=1e-5)],
+        "rewards/margins": [pytest.approx((chosen - rejected).mean().item(), rel=1e-4)],
+        "rewards/accuracies": [(chosen > rejected).float().mean().item()],
+    }
+
+
+def test_the_best_model_can_be_that_of_the_best_accuracy_without_a_reference(tiny_model, tmp_path):
+    trainer = build(
+        DPOTrainer, DPOConfig, tiny_model, tmp_path, loss_type=["simpo"], beta=2.0, max_steps=2,
+        eval_dataset=pairs(4), eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_rewards/accuracies",
+    )  # fmt: skip
+    trainer.train()
+    accuracies = [entry["eval_rewards/accuracies"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(accuracies) == 2 and trainer.state.best_metric == max(accuracies)
 
 
 def test_simpo_refuses_a_reference(tiny_model, tmp_path):

@@ -35,7 +35,38 @@ def pair_loss(batch, *, strength=1.0):
         ({**IPO, "loss_weights": [1.0, 2.0]}, "`loss_weights` must have the same length as `loss_type`"),  # TRL's
         ({**IPO, "logp_reduction": "max"}, "logp_reduction must be 'sum' or 'mean', got 'max'."),
         ({**IPO, "beta": 0.0}, "beta must be positive, got 0.0."),
-        ({**IPO, "reward_margin_scale": "1"}, "reward_margin_scale must be a finite number, got '1'."),
+        ({**IPO, "reward_margin_scale": "1"}, "reward_margin_scale must be a finite number and not 0, got '1'."),
+        (
+            {"loss_type": ["rpo_sq"], **REWARDS, "reward_margin_scale": 0},
+            "reward_margin_scale must be a finite number and not 0, got 0.",
+        ),
+        (
+            {"loss_type": ["rpo_sq"], "chosen_reward_column": "good", "rejected_reward_column": "good"},
+            "chosen_reward_column and rejected_reward_column are both 'good', so that every difference of scores is",
+        ),
+        ({"loss_type": ["chipo"], "loss_kwargs": {"chipo": {"bound": -1}}}, "bound must be positive, got -1."),
+        ({"loss_type": ["dpop"], "loss_kwargs": {"dpop": {"lam": -5}}}, "lam must be at least 0, got -5."),
+        (
+            {"loss_type": ["cal_dpo"], "loss_kwargs": {"cal_dpo": {"coefficient": -1}}},
+            "coefficient must be at least 0, got -1.",
+        ),
+        ({"loss_type": ["dpop", "simpo", "dpop"]}, "loss_type has 'dpop' 2 times; name it once, with the sum of its"),
+        (
+            {"loss_type": ["gpo_logistc"]},
+            "nor a dotted path such as 'my_package.my_function'; did you mean 'gpo_logistic'?",
+        ),
+        (
+            {"loss_type": ["psipo"], "psi": "math.log"},
+            "Ψ must map a tensor of probabilities, (B,), to a tensor of that shape, got a float.",
+        ),
+        (
+            {"loss_type": ["psipo"], "loss_kwargs": {"psipo": {"psi": "torch.sin"}}},
+            "psi is an option of its own and not one of loss_kwargs; write psi: torch.sin beside loss_type.",
+        ),
+        # as YAML and the shell write them
+        ({**IPO, "psi": False}, "psi is no switch, got False. For its default leave it out, or write null."),
+        ({**IPO, "callback_paths": True}, "callback_paths is no switch, got True."),
+        ({"loss_type": ["dpop"], "loss_kwargs": "{dpop: {lam: 5"}, "loss_kwargs cannot be read as a mapping, got"),
         (
             {**IPO, "reward_margin_scale": 2.0},
             "reward_margin_scale is the factor on the difference of two scores; set chosen_reward_column and",
@@ -204,14 +235,15 @@ def test_ignored_label_smoothing_is_mentioned_once(name, message):
         *({"loss_type": [name]} for name in TRL_LOSSES),
         *({"loss_type": [name], "label_smoothing": 0.1} for name in ("robust", "exo_pair", "aot", "gpo_logistic")),
         {"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1},  # the field is robust's
-        {"loss_type": ["simpo", "robust"], "label_smoothing": 0.1},
+        {"loss_type": ["simpo", "robust"], "label_smoothing": 0.1, "beta": 2.0},
         {"loss_type": "psipo_identity"},  # as in YAML
         {"loss_type": ["sigmoid"], "label_smoothing": 0.1, "logp_reduction": "sum"},
         *({"loss_type": [name], **REWARDS} for name, row in PREFERENCE_LOSSES.items() if row.scores),
         {"loss_type": ["sigmoid", "rpo_sq"], **REWARDS, "reward_margin_scale": 2.0},
         {"loss_type": ["psipo"], "psi": "torch.sin"},
         {"loss_type": ["psipo"], "psi": "test_dpo_config.infinite_at_one", "preference_prob_column": "p"},
-        {"loss_type": ["dpop", "simpo"], "loss_kwargs": '{"dpop": {"lam": 5.0}}'},  # JSON, as on the command line
+        {"loss_type": ["dpop"], "loss_kwargs": '{"dpop": {"lam": 5.0}}'},  # JSON, as on the command line
+        {"loss_type": ["dpop", "simpo"], "beta": 2.0, "loss_kwargs": "{dpop: {lam: 5.0}}"},  # YAML, likewise
         {"loss_type": ["test_dpo_config.pair_loss"], "loss_kwargs": {"test_dpo_config.pair_loss": {"strength": 2}}},
         {"loss_type": ["test_dpo_config.pair_loss"], "preference_prob_column": "p", **REWARDS},
         {**BETA_DPO, "loss_kwargs": '{"beta_dpo": {"alpha": 0, "keep": 1}}'},
@@ -222,3 +254,23 @@ def test_good_options_are_accepted_in_silence(options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         config(**options)
+
+
+@pytest.mark.parametrize("written", ["1e-3", "1E-03", "+.1e-2", "1.e-3"])
+def test_a_number_that_yaml_takes_for_a_text_is_a_number(written):
+    logit = {"loss_type": ["psipo_logit"], "preference_prob_column": "p"}
+    for kwargs in ({"psipo_logit": {"eps": written}}, f"{{psipo_logit: {{eps: {written}}}}}"):
+        assert config(**logit, loss_kwargs=kwargs).loss_kwargs == {"psipo_logit": {"eps": 0.001}}
+
+
+def test_simpo_with_trls_default_beta_is_mentioned():
+    with pytest.warns(UserWarning, match="loss_type 'simpo' with beta=0.1, which is TRL's default: .* 2 and more"):
+        config(loss_type=["simpo"])
+
+
+@pytest.mark.parametrize(("written", "meant"), [("true", True), ("True", True), ("false", None), ("a/b", "a/b")])
+def test_resuming_is_a_switch_from_a_shell_too(written, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config(resume_from_checkpoint=written).resume_from_checkpoint == meant
+    (tmp_path / "true").mkdir()
+    assert config(resume_from_checkpoint="true").resume_from_checkpoint == "true"

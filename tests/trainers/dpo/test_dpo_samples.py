@@ -8,7 +8,7 @@ import trl
 from tiny import build as build_grpo
 from tiny import digits
 from tiny.dpo import adapter, build, noisy, pairs
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trl_ext.rewards.implicit_reward import ImplicitReward
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
@@ -158,6 +158,45 @@ def test_the_callback_by_its_name_logs_and_does_not_change_the_training(tiny_mod
     assert ours == theirs
     for a, b in zip(with_callback.model.parameters(), without.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+LEAKS = {
+    "repetition_penalty": 5.0,
+    "num_beams": 3,
+    "typical_p": 0.1,
+    "no_repeat_ngram_size": 1,
+    "min_new_tokens": 12,
+    "suppress_tokens": [1],
+    "forced_eos_token_id": 1,
+    "epsilon_cutoff": 0.05,
+    "num_return_sequences": 2,
+    "stop_strings": ["a"],
+    "top_k": 1,
+}
+
+
+@pytest.mark.parametrize("kind", ["reference", "lora", "adapter"])
+def test_nothing_of_the_models_own_generation_config_reaches_the_samples(tiny_model, tmp_path, kind):
+    trainer = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, kind=kind, loss_type=["gpo_logistic"])
+    callback = PolicySamples(trainer, num_prompts=8, max_new_tokens=16)
+    expected = callback.measure()
+    model = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+    for name, value in LEAKS.items():
+        config = model.generation_config = GenerationConfig()
+        setattr(config, name, value)
+        assert callback.measure() == expected, name
+        assert model.generation_config is config and getattr(config, name) == value
+
+
+def test_a_measurement_takes_no_row_of_the_training_metrics(tiny_model, tmp_path):
+    options = {"loss_type": ["gpo_logistic"], "kind": "lora", "logging_steps": 1}
+    trainer = build(DPOTrainer, DPOConfig, tiny_model, tmp_path, **options)
+    trainer.add_callback(PolicySamples(trainer, steps=1, num_prompts=2, max_new_tokens=2))
+    trainer.train()
+    history = trainer.state.log_history
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
+    assert all("rewards/margins" in entry and "grad_norm" in entry for entry in history if "loss" in entry)
+    assert [entry["step"] for entry in history if "policy_samples/kl" in entry] == [0, 1, 2, 3, 4]
 
 
 class Often(PolicySamples):

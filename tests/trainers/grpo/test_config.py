@@ -20,14 +20,24 @@ def config(**options):
 NOT_CALLABLE = 3
 
 
+def clipped_mean(batch, *, limit=1.0):
+    raise AssertionError("a config runs no function of the user's")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (
             {"advantage_estimator": "reinforce++"},
-            f"'reinforce++' is neither one of {NAMES} nor a dotted path such as 'my_package.my_function'.",
+            f"'reinforce++' is neither one of {NAMES} nor a dotted path such as 'my_package.my_function'; did you "
+            "mean 'reinforce_plus_plus'?",
         ),
-        ({"advantage_estimator": 3}, f"3 is neither one of {NAMES} nor a dotted path such as"),
+        ({"advantage_estimator": 3}, "advantage_estimator must be a text, got 3. Leave it out for TRL's own."),
+        ({"kl_estimator": False, "beta": 0.1}, "kl_estimator is no switch, got False."),
+        ({"kl_estimator": True, "beta": 0.1}, "kl_estimator is no switch, got True."),
+        ({"kl_placement": False, "beta": 0.1}, "kl_placement is no switch, got False."),
+        ({"advantage_estimator": "reinforce", "step_ends_function": False}, "step_ends_function is no switch, got"),
+        ({"kl_estimator": "k3", "beta": 0.1, "kl_target": 0.1, "kl_target_unit": 1}, "kl_target_unit must be a text"),
         (
             {"advantage_estimator": "no_such_package.fn"},
             "'no_such_package.fn' cannot be imported: there is no module 'no_such_package'.",
@@ -52,6 +62,10 @@ NOT_CALLABLE = 3
         (
             {"advantage_estimator": "reinforce_plus_plus", "advantage_kwargs": "gamma=1"},
             "advantage_kwargs must be a mapping of option to value, got 'gamma=1'.",
+        ),
+        (
+            {"advantage_estimator": "test_config.clipped_mean", "advantage_kwargs": {"limt": 0.5}},
+            "advantage_kwargs has no 'limt' for 'test_config.clipped_mean'; it takes ['limit'].",
         ),
         (
             {"advantage_estimator": "reinforce", "advantage_kwargs": {"gamma": 1.5}},
@@ -150,6 +164,15 @@ NOT_CALLABLE = 3
             "step_separator must be a text of at least one character, got ''.",
         ),
         (
+            {"advantage_estimator": "process_group_relative", "step_separator": "\\n\\n"},
+            r"step_separator holds a backslash and a letter where a control character is meant, got '\\n\\n'. Write "
+            r""""\n\n" with double quotes in YAML, $'\n\n' in a shell.""",
+        ),
+        (
+            {"advantage_estimator": "process_group_relative", "step_separator": "###\\n"},
+            "step_separator holds a backslash and a letter",
+        ),
+        (
             {"advantage_estimator": "process_group_relative", "step_ends_function": "test_config.no_such_function"},
             "'test_config.no_such_function' cannot be imported: module 'test_config' has no 'no_such_function'.",
         ),
@@ -208,6 +231,15 @@ NOT_CALLABLE = 3
             {"kl_estimator": "exact", "kl_placement": "reward", "beta": 0.1},
             "kl_estimator='exact' in the reward has no gradient for its own token. Use kl_placement='loss' or "
             "kl_estimator='k1'.",
+        ),
+        (
+            {"kl_estimator": "exact", "beta": 0.1, "sync_ref_model": True, "num_iterations": 2},
+            "kl_estimator='exact' reads hidden states and head of one reference, and sync_ref_model changes it "
+            "between them when rollouts are reused",
+        ),
+        (
+            {"kl_estimator": "exact", "beta": 0.1, "sync_ref_model": True, "steps_per_generation": 8},
+            "kl_estimator='exact' reads hidden states and head of one reference, and sync_ref_model changes it",
         ),
         (
             {"kl_target": 0.1, "beta": 0.1},
@@ -296,6 +328,9 @@ def test_questionable_options_are_warned_about(options, message):
         {"kl_estimator": "exact", "beta": 0.1, "kl_target": 0.05, "kl_horizon": 1000, "kl_target_unit": "sequence"},
         {"kl_estimator": "k2", "beta": 0.1, "use_bias_correction_kl": False},
         {"kl_estimator": "test_config.config", "beta": 0.1},
+        {"kl_estimator": "exact", "beta": 0.1, "sync_ref_model": True},
+        {"advantage_estimator": "test_config.clipped_mean", "advantage_kwargs": {"limit": 1e3}},
+        {"advantage_estimator": "process_group_relative", "step_separator": "\\nabla"},
     ],
 )
 def test_good_options_are_accepted_in_silence(options):
@@ -316,3 +351,19 @@ def test_exact_is_refused_where_each_process_holds_a_part_of_the_head(monkeypatc
     with pytest.raises(ValueError, match="kl_estimator='exact' reads the weight of the LM head outside the model's"):
         config(kl_estimator="exact", beta=0.1)
     config(kl_estimator="k3", beta=0.1)
+
+
+@pytest.mark.parametrize("how", ["torch_compile", "torch_compile_backend", "ACCELERATE_DYNAMO_BACKEND"])
+def test_exact_is_refused_in_a_compiled_model(monkeypatch, how):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR" if how.isupper() else "NO")
+    options = {"torch_compile": {"torch_compile": True}, "torch_compile_backend": {how: "eager"}}.get(how, {})
+    with pytest.raises(ValueError, match="kl_estimator='exact' reads hidden states through a hook, which a compiled"):
+        config(kl_estimator="exact", beta=0.1, **options)
+
+
+def test_the_help_shows_the_default_separator_readably():
+    from trl import TrlParser
+
+    text = " ".join(TrlParser([GRPOConfig]).format_help().split())
+    assert r"Text that ends a step of a completion, for rewards of steps. Default: '\n', a line break." in text
+    assert "a line break. (default" not in text

@@ -81,7 +81,8 @@ def test_an_unknown_name_is_answered_with_the_row_among_the_others(add):
     names = sorted(ADVANTAGE_ESTIMATORS)
     assert "probe" in names
     assert refusal(advantage_estimator="reinforce++") == (
-        f"'reinforce++' is neither one of {names} nor a dotted path such as 'my_package.my_function'."
+        f"advantage_estimator 'reinforce++' is neither one of {names} nor a dotted path such as "
+        "'my_package.my_function'; did you mean 'reinforce_plus_plus'?"
     )
 
 
@@ -186,7 +187,7 @@ def test_a_row_is_trained_with_and_names_the_model_card(add, tiny_model, tmp_pat
 
     run.create_model_card(model_name="mine")
     through_the_trainer = (tmp_path / "README.md").read_text()
-    with model_card_with_options(run, [row], also=("beta", "num_generations", "loss_type")):
+    with model_card_with_options(run, [row], also=("beta", "epsilon", "num_generations", "loss_type")):
         super(GRPOTrainer, run).create_model_card(model_name="mine")
     directly = (tmp_path / "README.md").read_text()
     for text in (through_the_trainer, directly):

@@ -432,6 +432,18 @@ def test_a_subclass_that_may_read_all_rows_keeps_them(made):
     assert theirs.shared_prefix_counts == whole.shared_prefix_counts
 
 
+def test_a_subclass_that_may_depend_on_the_micro_batches_keeps_them(made, monkeypatch):
+    class Theirs(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs)
+
+    monkeypatch.setattr("trl_ext.trainers.grpo.packed_steps.keep_groups", lambda *args: pytest.fail("rows moved"))
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    with pytest.warns(UserWarning, match=r"leaves rows in TRL's order: .* may matter to .*Theirs\._compute_loss"):
+        theirs = made((Theirs, GRPOConfig), shared_prefix=True, **options)
+    assert_same_update(theirs, made(TRLS, **options))
+
+
 def test_nothing_gained_is_said_and_takes_trls_forward(made):
     with pytest.warns(UserWarning, match="takes TRL's forward for some batches: packing saves less than 5%"):
         ours = made(OURS, shared_prefix=True, max_completion_length=40)

@@ -16,14 +16,16 @@ def moving_statistics(
 
     $$ M_0 \leftarrow m M_0 + (1-m)\,\mathrm{mean}(u),\qquad s \leftarrow m s + (1-m)\,\mathrm{std}(u) $$
 
-    They start at the mean and the standard deviation of the first batch. While the policy is still the reference all
+    They start at the mean and the standard deviation of the first batch. A margin that is not finite is left out: one
+    would make every later average NaN. While the policy is still the reference all
     margins are equal; an \\(s\\) of 0 says nothing about the margins to come and is replaced, not averaged.
 
     Args:
         margins (`torch.Tensor` of shape `(N,)`):
             Margins of the batch, of all processes, float64, in nats.
         before (`tuple[float, float]`, *optional*):
-            \\(M_0\\) and \\(s\\) so far. `None`: this is the first batch.
+            \\(M_0\\) and \\(s\\) so far; they stay where no margin is finite. `None`: this is the first batch, and 0
+            is both where no margin is finite.
         momentum (`float`, *optional*, defaults to `0.9`):
             Weight \\(m\\) of what was before.
 
@@ -35,6 +37,9 @@ def moving_statistics(
     >>> moving_statistics(torch.tensor([1.0, 3.0, 5.0]), before=(0.0, 1.0), momentum=0.75)
     (0.75, 1.25)
     """
+    margins = margins[margins.isfinite()]
+    if not len(margins):
+        return before or (0.0, 0.0)
     mean, std = margins.mean().item(), margins.std(correction=min(1, len(margins) - 1)).item()
     if before is None:
         return mean, std

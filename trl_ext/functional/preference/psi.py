@@ -46,7 +46,8 @@ def psipo_target(
     prob = batch.preference_prob if eps is None else batch.preference_prob.clamp(eps, 1 - eps)
     difference = psi(prob) - psi(1 - prob)
     if not isinstance(difference, torch.Tensor) or difference.shape != prob.shape:
-        raise ValueError("Ψ must map a tensor of probabilities, (B,), to a tensor of that shape.")
+        got = tuple(difference.shape) if isinstance(difference, torch.Tensor) else f"a {type(difference).__name__}"
+        raise ValueError(f"Ψ must map a tensor of probabilities, (B,), to a tensor of that shape, got {got}.")
     if not difference.isfinite().all():
         worst = prob[~difference.isfinite()][0].item()
         raise ValueError(

@@ -20,11 +20,13 @@ def dpop(batch: PairBatch, *, lam: float = 50.0) -> torch.Tensor:
         batch ([`PairBatch`]):
             Pairs.
         lam (`float`, *optional*, defaults to `50.0`):
-            Weight \\(\lambda\\) of the penalty.
+            Weight \\(\lambda\\) of the penalty, at least 0.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
+    if not lam >= 0.0:
+        raise ValueError(f"lam must be at least 0, got {lam!r}.")
     return logistic(batch.beta * (batch.margin - lam * torch.relu(-batch.chosen_logratios)))
 
 
@@ -103,15 +105,17 @@ def chipo(batch: PairBatch, *, bound: float = 1.0) -> torch.Tensor:
         batch ([`PairBatch`]):
             Pairs.
         bound (`float`, *optional*, defaults to `1.0`):
-            Half the bound of the clip, \\(R\\).
+            Half the bound of the clip, \\(R\\), positive.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
-    phi_chosen, phi_rejected = (
-        r.clamp(max=SATURATION).exp() + r for r in (batch.chosen_logratios, batch.rejected_logratios)
-    )
-    return logistic((batch.beta * (phi_chosen - phi_rejected)).clamp(-2 * bound, 2 * bound))
+    if not bound > 0.0:
+        raise ValueError(f"bound must be positive, got {bound!r}.")
+    chosen, rejected = (r.clamp(max=SATURATION).exp() for r in (batch.chosen_logratios, batch.rejected_logratios))
+    # The exponentials first: in float32 a sum of 20 and e²⁰ has lost the 20 before the difference is taken.
+    difference = (chosen - rejected) + batch.margin
+    return logistic((batch.beta * difference).clamp(-2 * bound, 2 * bound))
 
 
 def cal_dpo(batch: PairBatch, *, coefficient: float = 0.5) -> torch.Tensor:
@@ -127,11 +131,13 @@ def cal_dpo(batch: PairBatch, *, coefficient: float = 0.5) -> torch.Tensor:
         batch ([`PairBatch`]):
             Pairs.
         coefficient (`float`, *optional*, defaults to `0.5`):
-            Weight \\(c\\) of the calibration.
+            Weight \\(c\\) of the calibration, at least 0.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: Loss of each pair.
     """
+    if not coefficient >= 0.0:
+        raise ValueError(f"coefficient must be at least 0, got {coefficient!r}.")
     target = 1 / (2 * batch.beta)
     calibration = (batch.chosen_logratios - target).square() + (batch.rejected_logratios + target).square()
     return logistic(batch.margin) + coefficient * calibration

@@ -9,6 +9,7 @@ from ...functional.preference import PREFERENCE_LOSSES, PSIS
 from ..foreign import OnlyInOurTrainer, Options, option, options_set, warn_of_foreign_fields
 from ..interruptions import callback_classes
 from ..shared_prefix import check_shared_prefix
+from ..written import read_as_meant
 from .losses import TRL_LOSSES, parse_losses
 from .refusals import check_columns, check_loss_kwargs, check_losses
 
@@ -103,8 +104,9 @@ class DPOConfig(OnlyInOurTrainer, _DPOConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
         warn_of_foreign_fields(self)
+        read_as_meant(self)
+        super().__post_init__()
         callback_classes(option(self, "callback_paths"))
         check_columns(self)
         if (reduction := option(self, "logp_reduction")) not in (None, "sum", "mean"):

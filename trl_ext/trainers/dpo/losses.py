@@ -122,14 +122,14 @@ def _pair_loss(config: Any, name: str, weight: float) -> PairLoss:
             "loss_type 'sigmoid_norm' is the mean over tokens and contradicts logp_reduction='sum'; use 'sigmoid' for "
             "the sum."
         )
-    found = lookup(entry, PREFERENCE_LOSSES, also=TRL_LOSSES)
+    found = lookup(entry, PREFERENCE_LOSSES, also=TRL_LOSSES, option="loss_type")
     row = found if isinstance(found, Loss) else Loss(found, prob=None, scores=None)  # a function of the user's
     kwargs = option(config, "loss_kwargs") or {}
     options = dict(kwargs.get(name, {}))
     if row.psi:
         if option(config, "psi") is None:
             raise ValueError(PSI_AND_LOSS.format(losses_with_psi()))
-        options["psi"] = lookup(option(config, "psi"), PSIS)
+        options["psi"] = lookup(option(config, "psi"), PSIS, option="psi")
     reduction = wanted or reduction or ("mean" if row.per_token else "sum")
     return PairLoss(name, weight, row, reduction == "mean", options)
 

@@ -72,7 +72,9 @@ def completion_logps(
 def pair_metrics(losses: PairLosses, batch: PairBatch, per_pair: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What is logged of the pairs, `(B,)` each; `per_pair` holds the losses by name."""
     columns = {f"loss/{name}": values for name, values in per_pair.items()}
-    if not losses.reference_free:
+    if losses.reference_free:
+        columns |= _rewards_without_reference(losses.ours[0].view(batch))
+    else:
         prob, chosen, rejected = batch.preference_prob, batch.chosen_logratios, batch.rejected_logratios
         columns["rewards/agreement"] = torch.where(batch.margin > 0, prob, 1 - prob)
         columns["logratios/chosen"], columns["logratios/rejected"] = chosen, rejected
@@ -88,6 +90,17 @@ def pair_metrics(losses: PairLosses, batch: PairBatch, per_pair: dict[str, torch
         if loss.row.metrics is not None:
             columns |= loss.row.metrics(view)
     return columns
+
+
+def _rewards_without_reference(view: PairBatch) -> dict[str, torch.Tensor]:
+    """TRL's names for the reward of SimPO: beta times the log-probs as the loss takes them, sums or means."""
+    chosen, rejected = view.beta * view.chosen_logps, view.beta * view.rejected_logps
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": chosen > rejected,
+    }
 
 
 def mean_over_processes(accelerator: Any, columns: dict[str, torch.Tensor]) -> dict[str, float]:

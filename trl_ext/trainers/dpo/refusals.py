@@ -2,14 +2,13 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
-from ...functional.preference import PairBatch
+from ...functional.preference import PREFERENCE_LOSSES, PairBatch
 from ..foreign import option
-from ..input_checks import is_number
+from ..input_checks import is_number, place_of, rows_of
 from .losses import PSI_AND_LOSS, SAME_AS_TRL, TAKES_OVER, PairLoss, PairLosses, losses_with_psi
 
 
@@ -23,8 +22,13 @@ def check_columns(config: Any) -> None:
             "chosen_reward_column and rejected_reward_column must be set both or neither, got "
             f"{chosen!r} and {rejected!r}."
         )
-    if not is_number(scale):
-        raise ValueError(f"reward_margin_scale must be a finite number, got {scale!r}.")
+    if chosen is not None and chosen == rejected:
+        raise ValueError(
+            f"chosen_reward_column and rejected_reward_column are both {chosen!r}, so that every difference of scores "
+            "is 0."
+        )
+    if not is_number(scale) or scale == 0.0:
+        raise ValueError(f"reward_margin_scale must be a finite number and not 0, got {scale!r}.")
     if scale != 1.0 and chosen is None:
         raise ValueError(
             "reward_margin_scale is the factor on the difference of two scores; set chosen_reward_column and "
@@ -40,10 +44,21 @@ def check_loss_kwargs(config: Any) -> None:
             "loss_kwargs must map entries of loss_type to mappings of option to value, such as "
             f"{{'psipo_logit': {{'eps': 0.01}}}}, got {options!r}."
         )
+    for name, given in (options or {}).items():
+        if "psi" in given and (name not in PREFERENCE_LOSSES or PREFERENCE_LOSSES[name].psi):
+            raise ValueError(
+                f"psi is an option of its own and not one of loss_kwargs; write psi: {given['psi']} beside loss_type."
+            )
 
 
 def check_losses(config: Any, losses: PairLosses) -> None:
     """Refuses what the losses cannot honour, before a model loads."""
+    names = [loss.name for loss in losses.ours]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"loss_type has {name!r} {names.count(name)} times; name it once, with the sum of its loss_weights."
+            )
     if option(config, "psi") is not None and not any(loss.row.psi for loss in losses.ours):
         raise ValueError(PSI_AND_LOSS.format(losses_with_psi()))
     _check_options(config, losses)
@@ -136,11 +151,41 @@ def _check_one(config, loss):
         )
     if loss.row.prob is None:
         return
-    one = torch.ones(1)
-    pair = partial(PairBatch, one, one, one, one, one, one, beta=config.beta, reward_margin=one)
+    loss(_pairs(config, [0.5]))
     if loss.row.prob and option(config, "preference_prob_column") is None:
-        _check_hard_labels(loss, pair(preference_prob=one))
-    loss(pair(preference_prob=one / 2))
+        _check_hard_labels(loss, _pairs(config, [1.0]))
+    if loss.name == "simpo" and config.beta == 0.1:
+        warnings.warn(
+            "loss_type 'simpo' with beta=0.1, which is TRL's default: SimPO's margin is one of means over the tokens, "
+            "and its paper has 2 and more. Set beta.",
+            stacklevel=5,
+        )
+
+
+def check_targets(config: Any, losses: PairLosses, dataset: Any, name: str) -> None:
+    """Refuses a probability at which the target of a regression is infinite; rounded to float32, as in a batch."""
+    column = option(config, "preference_prob_column")
+    for loss in losses.ours:
+        if column is None or not loss.row.prob or loss.row.target is None:
+            continue
+        first_row: dict[float, int] = {}
+        for row, value in rows_of(dataset, column):
+            first_row.setdefault(value, row)
+        try:
+            loss.target(_pairs(config, [*first_row]))
+        except ValueError:
+            for value, row in first_row.items():
+                try:
+                    loss.target(_pairs(config, [value]))
+                except ValueError as error:
+                    raise ValueError(f"Column {column!r} holds {value!r}{place_of(row, name)}: {error}") from None
+            raise
+
+
+def _pairs(config: Any, probs: list[float]) -> PairBatch:
+    """Pairs about which nothing is known but their probabilities."""
+    ones = torch.ones(len(probs))
+    return PairBatch(ones, ones, ones, ones, ones, ones, torch.tensor(probs), beta=config.beta, reward_margin=ones)
 
 
 def _check_hard_labels(loss: PairLoss, pair: PairBatch) -> None:

@@ -11,6 +11,8 @@ from accelerate.utils import is_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, Trainer, TrainerCallback
 
+from ..generation import bare_generation_config
+
 
 class PolicySamples(TrainerCallback):
     r"""
@@ -88,8 +90,11 @@ class PolicySamples(TrainerCallback):
     def _log(self, state):
         if self._logged_at != state.global_step:
             self._logged_at = state.global_step
+            control = self.trainer.control
+            due = control.should_log
             # Not the trainer's own `log`, which would flush the averages of the current logging period.
             Trainer.log(self.trainer, self.measure())
+            control.should_log = due  # logging clears it, and the training metrics of this step would never be logged
 
     @property
     def _tokenizer(self):
@@ -134,7 +139,7 @@ class PolicySamples(TrainerCallback):
         return metrics
 
     def _sample(self, prompts: list[list[int]]) -> list[list[int]]:
-        """One completion per prompt, from the whole distribution of the policy at temperature 1."""
+        """One completion per prompt, from the whole distribution of the policy at temperature 1 and nothing else."""
         trainer = self.trainer
         end, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
         device = trainer.accelerator.device
@@ -152,7 +157,7 @@ class PolicySamples(TrainerCallback):
             pad_token_id=pad,
         )
         model = trainer.accelerator.unwrap_model(trainer.model)
-        with trainer.accelerator.autocast():
+        with trainer.accelerator.autocast(), bare_generation_config(model):
             output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
         completions = output[:, input_ids.size(1) :].tolist()
         return [ids[: ids.index(end) + 1] if end in ids else ids for ids in completions]

@@ -23,6 +23,7 @@ from .columns import CollatorWithColumns, check_columns, columns_of, without_our
 from .config import DPOConfig as DPOConfig
 from .losses import PairLosses, parse_losses
 from .pairs import mean_over_processes, pair_batch, pair_metrics
+from .refusals import check_targets
 from .taps import FirstOutput, overridden
 
 
@@ -43,6 +44,7 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
     _states: Mapping[str, LossState] = types.MappingProxyType({})
     _columns: Mapping[str, str] = types.MappingProxyType({})
     _needed: Needed  # what a subclass must not cut off
+    _checked: tuple = ()  # the data sets that the constructor was given and has checked
     _signature_columns: list[str]
     data_collator: Any
 
@@ -56,7 +58,8 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
             self._columns, self._states = columns_of(config), self._losses.states(config.seed)
             for name in ("train_dataset", "eval_dataset"):
                 for dataset in datasets_of(given.get(name)):
-                    self._check_data(dataset, name)
+                    self._check_data(config, dataset, name)
+                    self._checked += (dataset,)
             during = {**self._losses.trls, **self._without_reference(given)}
         # For TRL's constructor only, so that checkpoints record what the user wrote.
         with overridden(config, **during):
@@ -70,6 +73,7 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
             self.precompute_ref_logps = False
         if self._columns:  # not before: the precompute pass inside the constructor must see TRL's collator
             self.data_collator = CollatorWithColumns(self.data_collator, self._columns)
+        self._checked = ()  # no longer held in memory
         add_callbacks(self, option(config, "callback_paths"))
 
     @property
@@ -87,15 +91,17 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
 
     # Data
 
-    def _check_data(self, dataset, name: str):
+    def _check_data(self, config, dataset, name: str):
         check_columns(dataset, name, self._columns)
+        check_targets(config, self._losses, dataset, name)
         require_columns(dataset, name, ["chosen", "rejected"])
         require_texts(dataset, name, ["prompt", "chosen", "rejected"])
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if not self._losses:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        self._check_data(dataset, f"The {dataset_name} dataset")
+        if not any(dataset is checked for checked in self._checked):
+            self._check_data(args, dataset, f"The {dataset_name} dataset")
         require_eos(self._tokenizer)
         # TRL's filter closes over all of `args`, so that a new learning rate would be a new dataset to the cache.
         read = types.SimpleNamespace(
@@ -177,9 +183,9 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
         return dataclasses.replace(view, global_margins=known)
 
     def _log_pairs(self, metrics: dict[str, list], columns: dict[str, torch.Tensor]):
-        if self._losses.reference_free:
+        if self._losses.reference_free:  # TRL's are β times sums, as if the reference gave every text the log-prob 0
             for name in [name for name in metrics if name.startswith("rewards/")]:
-                del metrics[name]  # β · log π, no reward
+                metrics[name].pop()
         means = mean_over_processes(self.accelerator, columns)
         ours, theirs = means.pop("logps/chosen"), metrics["logps/chosen"][-1]
         if abs(ours - theirs) > 1e-3 * abs(theirs) + 1e-6:

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 
 from ...functional.advantages import ADVANTAGE_ESTIMATORS, Estimator
-from ...functional.kl import KL_ESTIMATORS
 from ...functional.rewards import RewardBatch
 from ...lookup import import_path, lookup
 from ...rewards import ProcessRewardModel
+from ...rewards.process_reward_model import refuse_escapes
 from ..input_checks import column_names, datasets_of, quoted, require_columns, require_texts, warn_user
-from ..shared_prefix import sharding
 from .reward_calls import STEP_COLUMNS
 
 DEFAULT_ESTIMATOR = {"loss": "k3", "reward": "k1"}  # of the KL, by placement
+TEXT_OPTIONS = ("advantage_estimator", "kl_estimator", "kl_placement", "kl_target_unit", "step_ends_function")
 FIELDS_OF_ESTIMATORS = ("process_weight", "outcome_weight")  # options of an estimator that are fields of the config
 
 
 def estimator_row(name: str) -> Estimator:
     """The row of an entry, or one for the function at a dotted path, of which nothing is known."""
-    found = lookup(name, ADVANTAGE_ESTIMATORS)
+    found = lookup(name, ADVANTAGE_ESTIMATORS, option="advantage_estimator")
     return found if isinstance(found, Estimator) else Estimator(found, per_token=None, steps="added")
 
 
@@ -40,11 +40,19 @@ def names_of(wanted: Callable[[Estimator], bool]) -> str:
     return quoted(name for name, row in ADVANTAGE_ESTIMATORS.items() if wanted(row))
 
 
-def _refuse_without(options: Any, names: list[str], needed: str) -> None:
+def refuse_without(options: Any, names: list[str], needed: str) -> None:
     """Refuses options that are read only together with another one."""
     for name in names:
         if getattr(options, name) is not None:
             raise ValueError(f"{name} is read only with {needed}; set that too, or remove it.")
+
+
+def check_texts(options: Any) -> None:
+    """Refuses anything but a text where one is meant; YAML reads `false`, `no` and `off` as a truth value."""
+    for name in TEXT_OPTIONS:
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} must be a text, got {value!r}. Leave it out for TRL's own.")
 
 
 # Advantages
@@ -64,7 +72,7 @@ def check_advantages(options: Any) -> None:
     """Refuses options of the advantage estimator that do nothing or the wrong thing."""
     name = options.advantage_estimator
     if name is None:
-        _refuse_without(options, ["advantage_kwargs", "reward_clip_range"], "advantage_estimator")
+        refuse_without(options, ["advantage_kwargs", "reward_clip_range"], "advantage_estimator")
         return
     row = estimator_row(name)
     _check_estimator_options(name, row, options)
@@ -156,110 +164,6 @@ def refuse_per_token(options: Any) -> None:
             )
 
 
-# KL
-
-
-def check_kl(options: Any) -> None:
-    """Refuses options of the KL that do nothing or the wrong thing, and warns about questionable ones."""
-    name = options.advantage_estimator
-    placement, estimator = kl_choice(options)
-    if placement is None or estimator is None:
-        _refuse_without(options, ["kl_target"], "kl_estimator or kl_placement")
-        if name is not None and estimator_row(name).kl_placement == "reward" and options.beta != 0.0:
-            warn_user(
-                f"The paper of {name!r} puts k1 in the reward; with kl_placement unset the KL stays in TRL's loss."
-            )
-        _check_controller(options)
-        return
-    if options.beta == 0.0:
-        raise ValueError(
-            "kl_estimator/kl_placement have no effect with beta=0.0: TRL loads no reference model. Set beta > 0 or "
-            "remove them."
-        )
-    if not options.beta > 0.0:
-        raise ValueError(f"beta must be positive, got {options.beta}.")
-    if placement not in DEFAULT_ESTIMATOR:
-        raise ValueError(f"kl_placement must be 'loss' or 'reward', got {placement!r}.")
-    if estimator != "exact":
-        lookup(estimator, KL_ESTIMATORS, also=["exact"])
-    (_check_kl_in_loss if placement == "loss" else _check_kl_in_reward)(options, estimator)
-    _check_controller(options)
-
-
-def _check_kl_in_loss(options: Any, name: str) -> None:
-    corrected = options.use_bias_correction_kl
-    if name == "k1" and not corrected:
-        raise ValueError(
-            "kl_estimator='k1' in the loss with use_bias_correction_kl=False has an expected gradient of zero: noise, "
-            "no penalty. Use 'k2' or 'k3', keep use_bias_correction_kl=True, or set kl_placement='reward'."
-        )
-    if name == "exact" and sharding(options) is not None:
-        raise ValueError(
-            "kl_estimator='exact' reads the weight of the LM head outside the model's forward, where FSDP and "
-            "DeepSpeed ZeRO-3 keep only a part of it on each process. Use 'k2' or 'k3', or DDP or ZeRO-2."
-        )
-    if name == "k1":
-        warn_user(
-            "kl_estimator='k1' in the loss is unbiased but has several times the gradient variance of 'k2' and 'k3', "
-            "whose gradient is the same in expectation."
-        )
-    if name == "k3" and not corrected:
-        warn_user(
-            "kl_estimator='k3' with use_bias_correction_kl=False minimises the forward KL(ref‖policy), not "
-            "KL(policy‖ref)."
-        )
-    if name == "k2" and not corrected and options._rollouts_reused:
-        warn_user(
-            "kl_estimator='k2' without use_bias_correction_kl is biased when rollouts are reused (num_iterations or "
-            "steps_per_generation)."
-        )
-    if options.importance_sampling_level == "sequence":
-        warn_user(
-            "The KL keeps the token-level ratio; TRL's own path would use the sequence ratio, whose KL gradient is "
-            "not that of KL(policy‖ref)."
-        )
-
-
-def _check_kl_in_reward(options: Any, name: str) -> None:
-    if name in ("k2", "k3"):
-        raise ValueError(
-            f"kl_estimator={name!r} in the reward is a biased penalty that vanishes near the reference. Only 'k1' is "
-            "right in the reward; use it, or kl_placement='loss'."
-        )
-    if name == "exact":
-        raise ValueError(
-            "kl_estimator='exact' in the reward has no gradient for its own token. Use kl_placement='loss' or "
-            "kl_estimator='k1'."
-        )
-    if options.advantage_estimator is None:
-        raise ValueError(
-            "kl_placement='reward' changes the advantages, so advantage_estimator must be set; 'group_relative' is "
-            "TRL's own normalisation."
-        )
-    if estimator_row(options.advantage_estimator).steps == "needed":
-        raise ValueError(
-            f"{options.advantage_estimator!r} normalises step rewards, and a KL penalty belongs to no step. Use "
-            "kl_placement='loss'."
-        )
-    if name != "k1":
-        warn_user(
-            f"{name!r} is used as a reward penalty. Its gradient is that of the KL only if its value is "
-            "log(policy/ref) per token."
-        )
-
-
-def _check_controller(options: Any) -> None:
-    if options.kl_target is None:
-        _refuse_without(options, ["kl_horizon", "kl_target_unit"], "kl_target")
-        return
-    for option in ("kl_target", "kl_horizon"):
-        value = getattr(options, option)
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{option} must be a positive number, got {value!r}.")
-    if options.kl_target_unit not in (None, "token", "sequence"):
-        raise ValueError(f"kl_target_unit must be 'token' or 'sequence', got {options.kl_target_unit!r}.")
-
-
 # Steps
 
 
@@ -268,8 +172,9 @@ def check_steps(options: Any) -> None:
     name = options.advantage_estimator
     if not isinstance(options.step_separator, str) or not options.step_separator:
         raise ValueError(f"step_separator must be a text of at least one character, got {options.step_separator!r}.")
+    refuse_escapes("step_separator", options.step_separator)
     if options.step_ends_function is not None:
-        import_path(options.step_ends_function)
+        import_path(options.step_ends_function, "step_ends_function")
         if options.step_separator != "\n":
             raise ValueError(
                 "step_ends_function finds the steps by itself, so step_separator is not read. Remove one."

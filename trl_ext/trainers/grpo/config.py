@@ -9,7 +9,9 @@ from ...functional.kl import KL_ESTIMATORS
 from ..foreign import OnlyInOurTrainer, Options, warn_of_foreign_fields
 from ..input_checks import quoted
 from ..interruptions import callback_classes
-from .checks import check_advantages, check_kl, check_num_generations, check_steps, kl_choice
+from ..written import read_as_meant
+from .checks import check_advantages, check_num_generations, check_steps, check_texts, kl_choice
+from .kl_checks import check_kl
 from .packed_steps import check_packed_steps
 
 
@@ -120,7 +122,9 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
     )
     step_separator: str = field(
         default="\n",
-        metadata={"help": "Text that ends a step of a completion, for rewards of steps. Default: a line break."},
+        metadata={
+            "help": "Text that ends a step of a completion, for rewards of steps. Default: %(default)r, a line break."
+        },
     )
     step_ends_function: str | None = field(
         default=None,
@@ -156,7 +160,9 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
 
     def __post_init__(self):
         warn_of_foreign_fields(self)
+        read_as_meant(self)
         options = Options(self)
+        check_texts(options)
         if self.num_generations == 1 and options.advantage_estimator is not None:
             check_num_generations(options)
             self.num_generations: int = _AcceptedAsOne(1)

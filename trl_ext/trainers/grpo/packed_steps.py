@@ -60,17 +60,29 @@ class PackedSteps(SharesPrefixes):
     _buffered_inputs: list[dict[str, Any]] | None
     _step: int
     _skips = False  # whether rows with advantage 0 are left out
+    _keeps_order = False  # whether a loss that we do not know may depend on which rows share a micro-batch
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self._shared and Options(self.args).skip_zero_advantages:
-            base = next(cls for cls in type(self).__mro__ if is_ours(cls))
-            names = ("_get_per_token_logps_and_entropies", "_compute_loss", "compute_loss")
-            found = {name: overriding_class(self, base, name) for name in names}
-            others = [f"{cls.__module__}.{cls.__qualname__}.{name}" for name, cls in found.items() if cls is not None]
-            self._skips = not others
-            if others:
+        if not self._shared:
+            return
+        self._skips, others = bool(Options(self.args).skip_zero_advantages), self._losses_of_others()
+        if others:
+            if self._skips:
                 warn_user(f"skip_zero_advantages is off: {others[0]} may use rows whose advantage is 0.")
+            if self.args.gradient_accumulation_steps > 1:
+                warn_user(
+                    f"shared_prefix leaves rows in TRL's order: which of them share a micro-batch may matter to "
+                    f"{others[0]}. Rows that share a prompt and a micro-batch are computed together."
+                )
+            self._skips, self._keeps_order = False, True
+
+    def _losses_of_others(self) -> list[str]:
+        """Methods of somebody else's on the way to the loss."""
+        base = next(cls for cls in type(self).__mro__ if is_ours(cls))
+        names = ("_get_per_token_logps_and_entropies", "_compute_loss", "compute_loss")
+        found = {name: overriding_class(self, base, name) for name in names}
+        return [f"{cls.__module__}.{cls.__qualname__}.{name}" for name, cls in found.items() if cls is not None]
 
     def _generate_single_turn(self, *args, **kwargs):
         with plain_attention(base_model(self, self.model)) if self._shared else nullcontext():
@@ -88,7 +100,8 @@ class PackedSteps(SharesPrefixes):
     @property
     def _fixed_order(self) -> bool:
         """Whether the loss has a mean or a quantile over a micro-batch: which rows share one is part of it then."""
-        return self.loss_type == "bnpo" or self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
+        known = self.loss_type == "bnpo" or self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
+        return known or self._keeps_order
 
     def _compute_loss(self, model, inputs):
         without = rows_without_effect(inputs) if self._skips and self.model.training else None

@@ -12,6 +12,7 @@ from ...functional.rewards import RewardBatch, reward_at_end, reward_at_steps
 from ...lookup import import_path
 from ...upstream import UpstreamChanged
 from ..foreign import Options, overriding_class, watching
+from ..input_checks import warn_user
 from .checks import FIELDS_OF_ESTIMATORS, estimator_row, names_of, refuse_per_token, takes
 from .metrics import advantage_metrics, step_metrics
 from .reward_calls import RewardCalls
@@ -52,6 +53,7 @@ class Scoring:
                 self._kwargs[name] = getattr(options, name)
         path = options.step_ends_function
         self._step_options = options.step_separator, import_path(path) if path else None
+        self._warned = False
         self._shown: set[int] = set()  # functions whose step rewards are in the completions table
 
     # Rewards
@@ -247,4 +249,18 @@ class Scoring:
         rewards = self.gathered(rewards.to(device, torch.float32 if device.type == "mps" else torch.float64))
         # As numbers: padding on some of the processes only would make a bool another type there.
         rollout.step_ends = self.gathered(is_end.long().to(device)).bool()
+        self._warn_of_single_steps(rollout.step_ends)
         return rewards.double(), self.gathered(scored.long().to(device)).bool()
+
+    def _warn_of_single_steps(self, step_ends: torch.Tensor) -> None:
+        """Once, if no completion of a batch was cut: then step rewards are rewards of completions."""
+        separator, function = self._step_options
+        if self._warned or function is not None or step_ends.sum(1).max() > 1:
+            return
+        self._warned = True
+        if self.trainer.accelerator.is_main_process:
+            warn_user(
+                f"Each of the {len(step_ends)} completions of a generation batch is one step: none has "
+                f"step_separator={separator!r} between two pieces of text. Rewards of steps are rewards of whole "
+                "completions then. Set step_separator to what the policy writes between steps, or step_ends_function."
+            )

@@ -5,72 +5,13 @@ Positions are exact on the sampled token ids. Text is never encoded again: a pol
 tokenizer writes `ab`, so positions from a second tokenisation drift. Only decoding is used.
 """
 
-import bisect
 import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 from .reward_calls import RewardError, describe
-
-
-def _decode(tokenizer, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-    return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-
-
-def separator_ends(token_ids: list[int], tokenizer, separator: str) -> list[int]:
-    """
-    Index of the token in which each occurrence of `separator` is completed.
-
-    That is the smallest k for which the text of the first k + 1 tokens starts with the whole text up to the end of the
-    occurrence. A prefix that stops inside a multi-byte character has a text of its own, so the search goes over the
-    prefixes whose text begins the whole text and scans only between two of these.
-
-    Args:
-        token_ids (`list[int]`):
-            Sampled tokens of one turn.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the policy.
-        separator (`str`):
-            Text that ends a step.
-
-    Returns:
-        `list[int]`: Increasing token indices; occurrences that end in one token count once.
-    """
-    text, prefixes = _decode(tokenizer, token_ids), {-1: ""}
-
-    def prefix(k: int) -> str:
-        if k not in prefixes:
-            prefixes[k] = _decode(tokenizer, token_ids[: k + 1])
-        return prefixes[k]
-
-    def whole(k: int) -> int:
-        """The last prefix up to k that stops between characters."""
-        return next(j for j in range(k, -2, -1) if text.startswith(prefix(j)))
-
-    # The lengths of the tokens' own texts tell where to look; they need not add up, so the prefixes decide.
-    own_length = {token: len(_decode(tokenizer, [token])) for token in set(token_ids)}
-    length_to = [0, *itertools.accumulate(own_length[token] for token in token_ids)]
-
-    def search(boundary: int, previous: int) -> int:
-        wanted = length_to[previous + 1] + boundary - len(prefix(previous))
-        guess = min(max(bisect.bisect_left(length_to, wanted) - 1, previous + 1, 0), len(token_ids) - 1)
-        is_reached = prefix(guess).startswith(text[:boundary])
-        if is_reached and whole(guess - 1) == guess - 1 and len(prefix(guess - 1)) < boundary:
-            return guess
-        places = range(len(token_ids))
-        past = bisect.bisect_left(places, True, key=lambda k: len(prefix(whole(k))) >= boundary)
-        return next(k for k in places[whole(past - 1) + 1 :] if prefix(k).startswith(text[:boundary]))
-
-    ends: list[int] = []
-    start = text.find(separator)
-    while start >= 0:
-        boundary = start + len(separator)
-        end = search(boundary, ends[-1] if ends else -1)
-        if not ends or end > ends[-1]:
-            ends.append(end)
-        start = text.find(separator, boundary)
-    return ends
+from .separators import decode, separator_ends
 
 
 def segment(
@@ -118,7 +59,7 @@ def segment(
             _check_ends(ends, len(turn))
         cuts = [0, *(end + 1 for end in ends), len(turn)]
         pieces = [turn[a:b] for a, b in itertools.pairwise(cuts) if a < b]
-        texts = [_decode(tokenizer, [token_ids[t] for t in piece], skip_special_tokens=True) for piece in pieces]
+        texts = [decode(tokenizer, [token_ids[t] for t in piece], skip_special_tokens=True) for piece in pieces]
         if step_ends_function is None:
             texts = [text.replace(separator, "") for text in texts]
         steps += _without_empty(pieces, [not text.strip() for text in texts])
@@ -149,7 +90,7 @@ def _without_empty(pieces: list[list[int]], empty: list[bool]) -> list[list[int]
 
 def step_texts(token_ids: list[int], steps: list[list[int]], tokenizer) -> list[str]:
     """The text of each step, decoded from its own tokens without special tokens."""
-    return [_decode(tokenizer, [token_ids[t] for t in step], skip_special_tokens=True) for step in steps]
+    return [decode(tokenizer, [token_ids[t] for t in step], skip_special_tokens=True) for step in steps]
 
 
 class StepCuts:

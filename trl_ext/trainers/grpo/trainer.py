@@ -195,6 +195,6 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
 
     def create_model_card(self, *args, **kwargs):
         rows = [] if self._scoring is None else [self._scoring.row]
-        also = ("beta", "loss_type", "num_generations") if self._is_ours else ()
+        also = ("beta", "epsilon", "loss_type", "num_generations") if self._is_ours else ()
         with model_card_with_options(self, rows, also):
             super().create_model_card(*args, **kwargs)

@@ -1,0 +1,22 @@
+"""YAML options read as the command line reads them: a key that the command does not know is an error."""
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl.scripts.grpo import GRPOScriptArguments
+
+from trl_ext.lookup import import_path
+from trl_ext.trainers.dpo import DPOConfig
+from trl_ext.trainers.grpo import GRPOConfig
+
+KINDS = {"grpo": (GRPOScriptArguments, GRPOConfig), "dpo": (ScriptArguments, DPOConfig)}
+ON_THIS_MACHINE = {"bf16": False, "use_cpu": True}
+
+
+def read_options(command, options):
+    """The config that `trl-ext <command>` makes of them, its reward functions imported."""
+    script_arguments, config_class = KINDS[command]
+    parser = TrlParser((script_arguments, config_class, ModelConfig, DatasetMixtureConfig))
+    assert parser.set_defaults_with_config(**options | ON_THIS_MACHINE) == []
+    script_args, config, *_ = parser.parse_args_into_dataclasses(args=[])
+    for reward in getattr(script_args, "reward_funcs", None) or []:
+        import_path(reward)
+    return config

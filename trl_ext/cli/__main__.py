@@ -1,0 +1,5 @@
+"""`python -m trl_ext.cli`, which is `trl-ext`."""
+
+from . import main
+
+raise SystemExit(main())

@@ -1,0 +1,47 @@
+"""The worker processes: `accelerate launch … -m trl_ext <TRL's script> …`."""
+
+import importlib.resources
+import subprocess
+
+from accelerate.commands import launch
+
+
+def launch_training_script(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
+    """As TRL's, with `-m trl_ext` put before the script: a patch of this process would not reach the workers."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    script = str(importlib.resources.files("trl.scripts").joinpath(script_name))
+    words = [*_flags_without_values(launch_args), "-m", "trl_ext", script, *training_script_args]
+    refuse_stray_words(words)
+    args = launch.launch_command_parser().parse_args(words)
+    try:
+        launch.launch_command(args)
+    except ChildFailedError as error:  # with several processes; one raises `CalledProcessError`
+        _, failure = error.get_first_failure()
+        raise subprocess.CalledProcessError(failure.exitcode, args.training_script) from error
+    except SignalException as error:
+        raise KeyboardInterrupt from error
+
+
+def refuse_stray_words(words: list[str]) -> None:
+    """Refuses a word that `accelerate launch` would take for the script, because no option has it as its value."""
+    args, _ = launch.launch_command_parser().parse_known_args([*words, "-m", "trl_ext", "script.py"])
+    if args.training_script != "trl_ext":
+        raise ValueError(
+            f"{args.training_script!r} is neither an option nor the value of one. A YAML file is given with --config."
+        )
+
+
+def _flags_without_values(words: list[str]) -> list[str]:
+    """`multi_gpu: true` in YAML arrives as `--multi_gpu True`, but the flags of `accelerate launch` take no value."""
+    actions = launch.launch_command_parser()._option_string_actions
+    flags = {option for option, action in actions.items() if action.nargs == 0}
+    result: list[str] = []
+    for word in words:
+        if result and result[-1] in flags and word in ("True", "False"):
+            if word == "False":
+                result.pop()
+        else:
+            result.append(word)
+    return result

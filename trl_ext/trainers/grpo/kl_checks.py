@@ -1,0 +1,127 @@
+"""What is refused, or warned about, of the KL before a model loads; as in `checks`."""
+
+import math
+from typing import Any
+
+from ...functional.kl import KL_ESTIMATORS
+from ...lookup import lookup
+from ..input_checks import warn_user
+from ..shared_prefix import is_compiled, sharding
+from .checks import DEFAULT_ESTIMATOR, estimator_row, kl_choice, refuse_without
+
+
+def check_kl(options: Any) -> None:
+    """Refuses options of the KL that do nothing or the wrong thing, and warns about questionable ones."""
+    name = options.advantage_estimator
+    placement, estimator = kl_choice(options)
+    if placement is None or estimator is None:
+        refuse_without(options, ["kl_target"], "kl_estimator or kl_placement")
+        if name is not None and estimator_row(name).kl_placement == "reward" and options.beta != 0.0:
+            warn_user(
+                f"The paper of {name!r} puts k1 in the reward; with kl_placement unset the KL stays in TRL's loss."
+            )
+        _check_controller(options)
+        return
+    if options.beta == 0.0:
+        raise ValueError(
+            "kl_estimator/kl_placement have no effect with beta=0.0: TRL loads no reference model. Set beta > 0 or "
+            "remove them."
+        )
+    if not options.beta > 0.0:
+        raise ValueError(f"beta must be positive, got {options.beta}.")
+    if placement not in DEFAULT_ESTIMATOR:
+        raise ValueError(f"kl_placement must be 'loss' or 'reward', got {placement!r}.")
+    if estimator != "exact":
+        lookup(estimator, KL_ESTIMATORS, also=["exact"], option="kl_estimator")
+    (_check_kl_in_loss if placement == "loss" else _check_kl_in_reward)(options, estimator)
+    _check_controller(options)
+
+
+def _check_kl_in_loss(options: Any, name: str) -> None:
+    corrected = options.use_bias_correction_kl
+    if name == "k1" and not corrected:
+        raise ValueError(
+            "kl_estimator='k1' in the loss with use_bias_correction_kl=False has an expected gradient of zero: noise, "
+            "no penalty. Use 'k2' or 'k3', keep use_bias_correction_kl=True, or set kl_placement='reward'."
+        )
+    if name == "exact":
+        _check_exact(options)
+    if name == "k1":
+        warn_user(
+            "kl_estimator='k1' in the loss is unbiased but has several times the gradient variance of 'k2' and 'k3', "
+            "whose gradient is the same in expectation."
+        )
+    if name == "k3" and not corrected:
+        warn_user(
+            "kl_estimator='k3' with use_bias_correction_kl=False minimises the forward KL(ref‖policy), not "
+            "KL(policy‖ref)."
+        )
+    if name == "k2" and not corrected and options._rollouts_reused:
+        warn_user(
+            "kl_estimator='k2' without use_bias_correction_kl is biased when rollouts are reused (num_iterations or "
+            "steps_per_generation)."
+        )
+    if options.importance_sampling_level == "sequence":
+        warn_user(
+            "The KL keeps the token-level ratio; TRL's own path would use the sequence ratio, whose KL gradient is "
+            "not that of KL(policy‖ref)."
+        )
+
+
+def _check_exact(options: Any) -> None:
+    if sharding(options) is not None:
+        raise ValueError(
+            "kl_estimator='exact' reads the weight of the LM head outside the model's forward, where FSDP and "
+            "DeepSpeed ZeRO-3 keep only a part of it on each process. Use 'k2' or 'k3', or DDP or ZeRO-2."
+        )
+    if is_compiled(options):
+        raise ValueError(
+            "kl_estimator='exact' reads hidden states through a hook, which a compiled model leaves out. Use 'k2' or "
+            "'k3', or train without torch_compile and ACCELERATE_DYNAMO_BACKEND."
+        )
+    if options.sync_ref_model and options._rollouts_reused:
+        raise ValueError(
+            "kl_estimator='exact' reads hidden states and head of one reference, and sync_ref_model changes it "
+            "between them when rollouts are reused (num_iterations or steps_per_generation). Use 'k2' or 'k3', or "
+            "one optimizer step per generation batch."
+        )
+
+
+def _check_kl_in_reward(options: Any, name: str) -> None:
+    if name in ("k2", "k3"):
+        raise ValueError(
+            f"kl_estimator={name!r} in the reward is a biased penalty that vanishes near the reference. Only 'k1' is "
+            "right in the reward; use it, or kl_placement='loss'."
+        )
+    if name == "exact":
+        raise ValueError(
+            "kl_estimator='exact' in the reward has no gradient for its own token. Use kl_placement='loss' or "
+            "kl_estimator='k1'."
+        )
+    if options.advantage_estimator is None:
+        raise ValueError(
+            "kl_placement='reward' changes the advantages, so advantage_estimator must be set; 'group_relative' is "
+            "TRL's own normalisation."
+        )
+    if estimator_row(options.advantage_estimator).steps == "needed":
+        raise ValueError(
+            f"{options.advantage_estimator!r} normalises step rewards, and a KL penalty belongs to no step. Use "
+            "kl_placement='loss'."
+        )
+    if name != "k1":
+        warn_user(
+            f"{name!r} is used as a reward penalty. Its gradient is that of the KL only if its value is "
+            "log(policy/ref) per token."
+        )
+
+
+def _check_controller(options: Any) -> None:
+    if options.kl_target is None:
+        refuse_without(options, ["kl_horizon", "kl_target_unit"], "kl_target")
+        return
+    for option in ("kl_target", "kl_horizon"):
+        value = getattr(options, option)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{option} must be a positive number, got {value!r}.")
+    if options.kl_target_unit not in (None, "token", "sequence"):
+        raise ValueError(f"kl_target_unit must be 'token' or 'sequence', got {options.kl_target_unit!r}.")
