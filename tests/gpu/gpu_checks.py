@@ -21,6 +21,8 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen3Confi
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.functional.kl import KL_ESTIMATORS, kl_in_loss
 from trl_ext.functional.rewards import RewardBatch
+from trl_ext.packed.attention import expanded, shared_prefix_attention
+from trl_ext.packed.packing import Group, Layout
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 from trl_ext.trainers.grpo.exact_kl import Head, exact_kl
@@ -68,6 +70,7 @@ FEATURES = {
     "k3 in the loss": ("grpo", {"kl_estimator": "k3", "beta": 0.1}),
     "exact in the loss": ("grpo", {"kl_estimator": "exact", "beta": 0.1}),
     "process rewards": ("grpo", STEPS),
+    "shared prefix": ("grpo", {"shared_prefix": True, "kl_estimator": "exact", "beta": 0.1}),
     "IPO": ("dpo", {"loss_type": ["psipo_identity"]}),
     "ΨPO, soft labels": ("dpo", {"loss_type": ["psipo_logit"], "preference_prob_column": "p"}),
     "SimPO": ("dpo", {"loss_type": ["simpo"]}),
@@ -79,6 +82,8 @@ EQUAL = {
     "k3": ("grpo", {"beta": 0.1}, {"kl_estimator": "k3"}),
     "group_relative": ("grpo", {}, {"advantage_estimator": "group_relative"}),
     "sigmoid": ("dpo", {}, {"loss_type": ["gpo_logistic"]}),
+    "GRPO, shared prefix": ("grpo", {"beta": 0.1}, {"shared_prefix": True}),
+    "DPO, shared prefix": ("dpo", {}, {"shared_prefix": True}),
 }
 
 
@@ -248,6 +253,26 @@ def check_exact_kl(size: Size, device: str, dtype: torch.dtype) -> None:
     for actual, wanted in ((kl, expected), (gradient, expected_gradient)):
         error = (actual.double() - wanted).norm() / wanted.norm()
         assert error < tolerance, error
+
+
+def check_packed_attention(device: str, dtype: torch.dtype) -> None:
+    """Output and gradients of attention over a packed row, against copied prefixes in float64 on the CPU."""
+    groups = [Group(0, 96, (40, 64, 17)), Group(217, 33, (8, 8))]
+    layout = Layout(groups, 266, 160)
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, heads, layout.total, 64, dtype=dtype) for heads in (4, 2, 2)]
+    upstream = torch.randn(1, 4, layout.total, 64, dtype=dtype)
+
+    def results(form, device: str, dtype: torch.dtype):
+        given = [x.to(device, dtype).requires_grad_() for x in tensors]
+        out = form(*given, Layout(groups, layout.total, 160), 0.125)
+        grads = torch.autograd.grad(out, given, upstream.to(device, dtype))
+        return [x.detach().double().cpu() for x in (out, *grads)]
+
+    exact = results(expanded, "cpu", torch.float64)
+    ours, theirs = results(shared_prefix_attention, device, dtype), results(expanded, device, dtype)
+    for a, b, truth in zip(ours, theirs, exact, strict=True):
+        assert (a - truth).norm() <= 1.5 * (b - truth).norm() + 1e-6 * truth.norm()
 
 
 def _advantages(row, rewards, scored, mask, *_):

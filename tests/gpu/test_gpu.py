@@ -51,6 +51,11 @@ def test_the_exact_kl_is_the_sum_over_full_logits(dtype):
     gpu_checks.check_exact_kl(LARGE, "cuda", dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_packed_row_is_that_of_copied_prefixes(dtype):
+    gpu_checks.check_packed_attention("cuda", dtype)
+
+
 def test_estimators_stay_on_the_device_and_agree_with_the_cpu():
     gpu_checks.check_functional("cuda")
 

@@ -32,6 +32,11 @@ def test_the_exact_kl_and_the_estimators():
     gpu_checks.check_functional("cpu")
 
 
+def test_attention_of_a_packed_row():
+    for dtype in (torch.float32, torch.bfloat16):
+        gpu_checks.check_packed_attention("cpu", dtype)
+
+
 def test_a_row_of_the_table(model, tmp_path):
     row = gpu_checks.price("IPO", model, tmp_path, SMALL, "cpu", four_bit=False, steps=4)
     assert row.startswith("| IPO | ") and row.count("|") == gpu_checks.PRICE_HEAD.splitlines()[0].count("|")
