@@ -12,7 +12,7 @@ from ...functional.rewards import RewardBatch, reward_at_end, reward_at_steps
 from ...lookup import import_path
 from ...upstream import UpstreamChanged
 from ..foreign import Options, overriding_class, watching
-from .checks import FIELDS_OF_ESTIMATORS, estimator_row, names_of, refuse_per_token, takes
+from .checks import FIELDS_OF_ESTIMATORS, NEEDS_CRITIC, estimator_row, names_of, refuse_per_token, takes
 from .metrics import advantage_metrics, step_metrics
 from .reward_calls import RewardCalls
 from .steps import StepCuts
@@ -27,6 +27,7 @@ class Rollout:
     process: list[int] = field(default_factory=list)  # indices of the functions that returned step rewards
     rewards_per_func: torch.Tensor | None = None  # (N, functions), all processes; NaN for process functions
     step_ends: torch.Tensor | None = None  # (N, T), all processes, where a step ends; None without step rewards
+    batch: RewardBatch | None = None  # of all processes
 
 
 class Scoring:
@@ -46,6 +47,8 @@ class Scoring:
         self.trainer, self.options, self.base = trainer, options, base
         self.name: str = options.advantage_estimator
         self.row = estimator_row(self.name)
+        if self.row.values and not hasattr(trainer, "critic"):
+            raise ValueError(NEEDS_CRITIC.format(self.name))
         self._kwargs = dict(options.advantage_kwargs or {})
         for name in FIELDS_OF_ESTIMATORS:
             if takes(self.row.function, name):
@@ -160,7 +163,8 @@ class Scoring:
         mask = self.gathered(local_mask)
         outcome, scored = reward_at_end(self._returns(rollout.rewards_per_func), mask)
         steps, steps_scored = self._steps(rollout, local_mask)
-        return RewardBatch(outcome, scored, mask, num_generations, steps, steps_scored, **extras)
+        rollout.batch = RewardBatch(outcome, scored, mask, num_generations, steps, steps_scored, **extras)
+        return rollout.batch
 
     def advantages(self, batch: RewardBatch) -> torch.Tensor:
         """`(N,)` or `(N, T)`, for the rows of all processes."""
