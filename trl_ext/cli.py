@@ -15,6 +15,8 @@ from typing import Any
 from . import __version__
 from .registration import register
 
+_COMMANDS = ("ppo",)  # that TRL does not have
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one of TRL's commands with our classes in place of TRL's. Returns the exit code."""
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         _set(undo, accelerate_launcher, "launch_training_script", _launch_training_script)
         _set(undo, sys.modules["trl.cli.main"], "ArgumentParser", _prog_is_trl_ext)
         _set(undo, trl, "TrlParser", _parser_class())
+        _add_commands(undo)
         try:
             return trl_main(argv)
         except subprocess.CalledProcessError as error:  # the worker has said why
@@ -38,6 +41,17 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"trl-ext: error: {error}", file=sys.stderr)
             return 2
+
+
+def _add_commands(undo: ExitStack) -> None:
+    """Commands of ours beside TRL's, which look for their scripts in `trl.scripts` and find those of ours there."""
+    from trl.cli.commands.training import TrainingCommand
+
+    main_module, found = sys.modules["trl.cli.main"], sys.modules["trl.cli.main"].get_commands
+    _set(undo, main_module, "get_commands", lambda: [*found(), *map(TrainingCommand, _COMMANDS)])
+    for name in _COMMANDS:
+        sys.modules[f"trl.scripts.{name}"] = importlib.import_module(f"trl_ext.scripts.{name}")
+        undo.callback(sys.modules.pop, f"trl.scripts.{name}")
 
 
 def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -99,7 +113,8 @@ def _launch_training_script(script_name: str, launch_args: list[str], training_s
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     parser = launch_command_parser()
-    script = str(importlib.resources.files("trl.scripts").joinpath(script_name))
+    package = "trl_ext.scripts" if script_name.removesuffix(".py") in _COMMANDS else "trl.scripts"
+    script = str(importlib.resources.files(package).joinpath(script_name))
     ours = ["-m", "trl_ext", script, *training_script_args]
     args = parser.parse_args([*_flags_without_values(parser, launch_args), *ours])
     if args.training_script != "trl_ext":

@@ -17,10 +17,15 @@ from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.lookup import import_path
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
+from trl_ext.trainers.ppo import PPOConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")])
-KINDS = {"grpo": (GRPOScriptArguments, GRPOConfig), "dpo": (ScriptArguments, DPOConfig)}
+KINDS = {
+    "grpo": (GRPOScriptArguments, GRPOConfig),
+    "dpo": (ScriptArguments, DPOConfig),
+    "ppo": (GRPOScriptArguments, PPOConfig),
+}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 FUNCTIONAL = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

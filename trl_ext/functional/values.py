@@ -173,7 +173,8 @@ def gae(
     rewards = _token_rewards(batch, whiten_rewards)
     advantages = lambda_advantages(rewards, _values(batch), batch.trainable, gamma, lam)
     if whiten_advantages and _only_noise(batch, gamma):
-        warnings.warn(CRITIC_NOISE, stacklevel=2)
+        if batch.trainable.any():
+            warnings.warn(CRITIC_NOISE, stacklevel=2)
         advantages = advantages - weighted_mean(advantages, weights)
     elif whiten_advantages:
         advantages = whiten(advantages, weights)

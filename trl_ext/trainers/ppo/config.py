@@ -96,7 +96,7 @@ class PPOConfig(GRPOConfig):
         critic_lam (`float`, *optional*):
             λ of what the critic learns. `None`: `lam`. 1.0 for long completions.
         cliprange_value (`float`, *optional*, defaults to `0.2`):
-            How far a value may move towards its target per generation batch, in the unit of the reward. `None`: freely.
+            How far a value may move towards its target in a generation batch, in the unit of the reward. `None`: any.
         whiten_advantages (`bool`, *optional*, defaults to `True`):
             Divide the centred advantages by their standard deviation over the generation batch of all processes.
         whiten_rewards (`bool`, *optional*, defaults to `False`):
@@ -116,9 +116,7 @@ class PPOConfig(GRPOConfig):
         default="reward",
         metadata={"help": "Where the KL penalty acts: 'reward' or 'loss'. With beta 0 nowhere."},
     )
-    num_generations: int | None = field(
-        default=1, metadata={"help": "Completions per prompt; nothing compares them."}
-    )
+    num_generations: int = field(default=1, metadata={"help": "Completions per prompt; nothing compares them."})
     beta: float = field(default=0.05, metadata={"help": "Coefficient of the KL."})
     num_iterations: int = field(default=4, metadata={"help": "Passes over a generation batch."})
     disable_dropout: bool = field(default=True, metadata={"help": "Train and score without dropout."})
@@ -132,9 +130,7 @@ class PPOConfig(GRPOConfig):
     critic_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the critic. Default: 10 times learning_rate."}
     )
-    critic_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps in which only the critic learns."}
-    )
+    critic_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps in which only the critic learns."})
     gamma: float = field(default=1.0, metadata={"help": "Discount per trainable token, in (0, 1]."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of the advantages, in [0, 1]."})
     critic_lam: float | None = field(
@@ -147,9 +143,7 @@ class PPOConfig(GRPOConfig):
     whiten_advantages: bool = field(
         default=True, metadata={"help": "Normalise the advantages over the generation batch of all processes."}
     )
-    whiten_rewards: bool = field(
-        default=False, metadata={"help": "Divide token rewards by their standard deviation."}
-    )
+    whiten_rewards: bool = field(default=False, metadata={"help": "Divide token rewards by their standard deviation."})
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Subtracted from the reward of completions that were cut off."}
     )

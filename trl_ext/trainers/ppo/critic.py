@@ -1,7 +1,7 @@
 """The critic: a linear head on a second adapter of the policy's base model, or on a model of its own."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,11 @@ class Critic:
 
     @staticmethod
     @torch.no_grad()
-    def _put(weights: dict[str, torch.Tensor], into: dict[str, torch.Tensor]) -> None:
+    def _put(weights: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
         if weights.keys() != into.keys():
-            raise ValueError(f"The saved critic is another model; these differ: {sorted(weights.keys() ^ into.keys())}.")
+            raise ValueError(
+                f"The saved critic is another model; these differ: {sorted(weights.keys() ^ into.keys())}."
+            )
         for name, tensor in into.items():
             tensor.copy_(parted(weights[name], tensor))
 

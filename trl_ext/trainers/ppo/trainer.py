@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from transformers import ProcessorMixin
-from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ...functional.reductions import aggregated
 from ...functional.rewards import RewardBatch, reward_at_end
 from ...functional.values import clipped_value_loss, lambda_returns
+from ...upstream import trl_class
 from ..foreign import Options
 from ..grpo.scoring import Rollout, Scoring
 from ..grpo.trainer import GRPOTrainer
@@ -72,7 +72,7 @@ class PPOTrainer(GRPOTrainer):
     _training: CriticTraining | None = None  # of the critic; None before `train`
 
     def __init__(self, *args, **kwargs):
-        given = inspect.signature(_GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        given = inspect.signature(trl_class(GRPOTrainer).__init__).bind(self, *args, **kwargs).arguments
         del given["self"]
         given["args"] = given.get("args") or self._default_args(given["model"])
         if not isinstance(given["args"], PPOConfig):
@@ -89,9 +89,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _refuse_engines_and_images(self):
         if isinstance(self.processing_class, ProcessorMixin):
-            raise ValueError(
-                "The critic reads text only; use GRPOTrainer with a group or batch estimator for images."
-            )
+            raise ValueError("The critic reads text only; use GRPOTrainer with a group or batch estimator for images.")
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise ValueError("The critic is sharded by FSDP2 only; set fsdp_version: 2, or use DDP.")
 
@@ -129,7 +127,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _extras(self, output):
         """Values of all processes, in the last column those of cut-off completions; and which these are."""
-        gathered, values = self._scoring.gathered, self._old_values(output)
+        gathered, values = self._scoring.gathered, self._old_values(output)  # type: ignore[union-attr]
         length = output["completion_mask"].sum(1, keepdim=True)
         last = output["completion_ids"].gather(1, (length - 1).clamp(min=0))
         ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
@@ -206,9 +204,7 @@ class PPOTrainer(GRPOTrainer):
             if self.is_fsdp_enabled:
                 self.critic.shard(self.accelerator)
             rate = self._options.critic_learning_rate
-            self._training = CriticTraining(
-                self.critic, self, 10 * self.args.learning_rate if rate is None else rate
-            )
+            self._training = CriticTraining(self.critic, self, 10 * self.args.learning_rate if rate is None else rate)
         self._training.start(num_training_steps)
         return scheduler
 
@@ -220,7 +216,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        state = self._training.state_dict()
+        state = self._training.state_dict()  # type: ignore[union-attr]
         if self.args.should_save:
             torch.save(state, Path(output_dir, FOLDER, _STATE_FILE))
 
@@ -239,7 +235,9 @@ class PPOTrainer(GRPOTrainer):
             return
         path = Path(checkpoint, FOLDER, _STATE_FILE)
         if path.exists():
-            self._training.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self._training.load_state_dict(  # type: ignore[union-attr]
+                torch.load(path, map_location="cpu", weights_only=True)
+            )
         else:
             warnings.warn(f"{path} does not exist; the critic's optimizer starts anew.", stacklevel=2)
 

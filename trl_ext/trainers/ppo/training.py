@@ -30,7 +30,9 @@ class CriticTraining:
         for parameter in critic.named_parameters().values():
             groups.setdefault((parameter.dim() > 1, isinstance(parameter, DTensor)), []).append(parameter)
         decay = trainer.args.weight_decay
-        given = [{"params": params, "weight_decay": decay if matrix else 0.0} for (matrix, _), params in groups.items()]
+        given = [
+            {"params": params, "weight_decay": decay if matrix else 0.0} for (matrix, _), params in groups.items()
+        ]
         self.optimizer = cls(given, **{**options, "lr": learning_rate})
         self.parameters = [parameter for params in groups.values() for parameter in params]
         self.scheduler: Any = None
@@ -48,27 +50,31 @@ class CriticTraining:
 
     def step(self) -> dict[str, float]:
         """Averages the gradients over the processes, clips, steps; what to log."""
-        for parameter in self.parameters:
-            if parameter.grad is None:  # every process makes the same calls
-                parameter.grad = torch.zeros_like(parameter)
-            if self.accelerator.num_processes > 1 and not isinstance(parameter, DTensor):
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        norm = self._clip()
+        gradients = [self._averaged(parameter) for parameter in self.parameters]
+        norm = self._clip(gradients)
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"value/grad_norm": norm, "value/lr": rate}
 
-    def _clip(self) -> float:
+    def _averaged(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The gradient of all processes. One without a gradient gets 0: every process makes the same calls."""
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if self.accelerator.num_processes > 1 and not isinstance(parameter, DTensor):
+            gradient = self.accelerator.reduce(gradient, reduction="mean")
+        parameter.grad = gradient
+        return gradient
+
+    def _clip(self, gradients: list[torch.Tensor]) -> float:
         """The norm of all gradients together, before they are scaled to at most `max_grad_norm`."""
-        kinds = [[p.grad for p in self.parameters if isinstance(p, DTensor) == divided] for divided in (False, True)]
+        kinds = [[g for g in gradients if isinstance(g, DTensor) == divided] for divided in (False, True)]
         norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
         norm = torch.stack(norms).norm().item()
         limit = self.args.max_grad_norm
         if limit and norm > limit > 0:
-            for parameter in self.parameters:
-                parameter.grad.mul_(limit / (norm + 1e-6))
+            for gradient in gradients:
+                gradient.mul_(limit / (norm + 1e-6))
         return norm
 
     def state_dict(self) -> dict[str, Any]:
