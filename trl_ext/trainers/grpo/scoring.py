@@ -201,7 +201,9 @@ class Scoring:
     def gathered(self, local: torch.Tensor) -> torch.Tensor:
         """`(B, T_local)` of this process to `(N, T)` of all, padded with 0, where the statistics are taken."""
         accelerator = self.trainer.accelerator
-        gathered = accelerator.gather(accelerator.pad_across_processes(local, dim=1))
+        # Padding makes int64 of bool, on the processes alone that are padded: the next gather would fail, or wait.
+        padded = accelerator.pad_across_processes(local.byte() if local.dtype == torch.bool else local, dim=1)
+        gathered = accelerator.gather(padded).to(local.dtype)
         # The statistics are in float64, which Apple's accelerator does not have.
         return gathered.cpu() if gathered.device.type == "mps" else gathered
 

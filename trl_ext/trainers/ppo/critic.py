@@ -125,15 +125,15 @@ class AdapterCritic(Critic):
         config.inference_mode, config.modules_to_save, config.bias = False, None, "none"
         config.lora_dropout = 0.0
         config.init_lora_weights = True  # PiSSA and its like would change the base model once more
-        with torch.random.fork_rng():
+        size = model.get_base_model().config.get_text_config().hidden_size
+        with torch.random.fork_rng():  # what is drawn is overwritten, and must not be missing in the policy's run
             model.add_adapter(ADAPTER, config)
+            head = torch.nn.Linear(size, 1, device=device, dtype=torch.float32)
         model.set_adapter("default")
         for name, parameter in model.named_parameters():
             if f".{ADAPTER}." in name:
                 theirs = model.get_parameter(name.replace(f".{ADAPTER}.", ".default."))
                 parameter.data = theirs.data.float().clone()
-        size = model.get_base_model().config.get_text_config().hidden_size
-        head = torch.nn.Linear(size, 1, device=device, dtype=torch.float32)
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
         super().__init__(model, head)
