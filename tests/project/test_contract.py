@@ -56,7 +56,9 @@ def path_of(thing):
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, PPOTrainer, GRPOConfig, DPOConfig, PPOConfig, cli._parser_class()])
+@pytest.mark.parametrize(
+    "ours", [OurGRPOTrainer, DPOTrainer, PPOTrainer, GRPOConfig, DPOConfig, PPOConfig, cli._parser_class()]
+)
 def test_every_overridden_method_is_listed(ours):
     parent = upstream.trl_class(ours)
     for name in overridden(ours):

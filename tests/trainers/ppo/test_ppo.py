@@ -302,9 +302,7 @@ def test_the_logged_value_loss_is_the_mean_over_the_tokens(tiny_model, tmp_path)
 def test_with_the_first_values_and_lambda_one_it_is_reinforce_plus_plus(train):
     options = {**SCRIPTED, "max_steps": 1, "beta": 0.1, "num_iterations": 1}
     ppo = train(*PPO, lam=1.0, **options)
-    other = train(
-        GRPOTrainer, GRPOConfig, advantage_estimator="reinforce_plus_plus", kl_placement="reward", **options
-    )
+    other = train(GRPOTrainer, GRPOConfig, advantage_estimator="reinforce_plus_plus", kl_placement="reward", **options)
     assert_same_weights(ppo, other, atol=1e-6, rtol=0)
     assert logged(ppo)[0]["kl/effective_beta"] == pytest.approx(logged(other)[0]["kl/effective_beta"])
 

@@ -107,7 +107,9 @@ def test_gae_outside_of_ppo_is_refused(tiny_model, tmp_path):
 
 
 def test_a_config_of_ppo_in_trls_own_trainer_is_refused(tiny_model, tmp_path):
-    with pytest.raises(ValueError, match=r"does not know the options of trl_ext that are set \(advantage_estimator='gae"):
+    with pytest.raises(
+        ValueError, match=r"does not know the options of trl_ext that are set \(advantage_estimator='gae"
+    ):
         build(trl.GRPOTrainer, PPOConfig, tiny_model, tmp_path)
 
 
@@ -129,9 +131,7 @@ def test_every_field_can_be_set_on_the_command_line():
     words += " --critic_warmup_steps 3 --whiten_advantages false --whiten_rewards true --missing_eos_penalty 1"
     words += " --bootstrap_truncated true --output_dir out --bf16 false --use_cpu true --report_to none"
     (args,) = TrlParser((PPOConfig,)).parse_args_into_dataclasses(words.split())
-    new = {name for name in PPOConfig.__annotations__ if not name.startswith("_")} - {
-        *GRPOConfig.__dataclass_fields__
-    }
+    new = {name for name in PPOConfig.__annotations__ if not name.startswith("_")} - {*GRPOConfig.__dataclass_fields__}
     defaults = {field.name: field.default for field in dataclasses.fields(PPOConfig)}
     assert len(new) == 11 and all(getattr(args, name) != defaults[name] for name in new)
 
@@ -149,7 +149,10 @@ def test_a_field_that_another_class_declares_again_is_theirs():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("prompt learning", "The critic is a second adapter of the kind of yours, which PromptTuningConfig cannot have."),
+        (
+            "prompt learning",
+            "The critic is a second adapter of the kind of yours, which PromptTuningConfig cannot have.",
+        ),
         ("no default", "which a PEFT model without the adapter 'default' cannot have. Pass value_model, or use LoRA."),
         ("critic", "The policy has an adapter 'critic' already, which is the name of the critic's; rename it"),
     ],
