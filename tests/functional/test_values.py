@@ -321,7 +321,7 @@ def test_options_out_of_range_are_refused(options, message):
 
 def test_a_batch_without_values_is_refused():
     for function in (gae, lambda_returns):
-        with pytest.raises(ValueError, match="needs a critic. Use trl_ext.PPOConfig and PPOTrainer"):
+        with pytest.raises(ValueError, match=r"needs a critic\. Use trl_ext\.PPOConfig and PPOTrainer"):
             function(a_batch(values=None))
 
 

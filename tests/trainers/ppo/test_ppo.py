@@ -191,8 +191,14 @@ def test_aggregation_is_that_of_trls_loss(scored, monkeypatch, loss_type, traini
     )
     with torch.no_grad():
         expected = trainer._compute_loss(trainer.model, {**output, "advantages": -x})
-    # At ratio 1 the loss of a token is minus its advantage, or, without a ratio, times its log-prob.
-    per_token = x * logps[0][0].detach() if loss_type in ("cispo", "vespo") else x
+    # At ratio 1 the loss of a token is minus its advantage, times what the type multiplies it with there.
+    logps = logps[0][0].detach()
+    factor = {
+        "sapo": 2 / trainer.args.sapo_temperature_neg,
+        "cispo": min(1.0, trainer.epsilon_high) * logps,
+        "vespo": logps,
+    }.get(loss_type, 1.0)
+    per_token = x * factor
     found = aggregated(
         per_token, mask, loss_type, num_items=output["num_items_in_batch"],
         max_completion_length=trainer.max_completion_length, accumulation=window if training else 1,
@@ -248,16 +254,20 @@ def test_old_values_belong_to_the_states_before_the_tokens(tiny_model, tmp_path)
 
 
 def test_a_completion_that_was_cut_off_goes_on_with_its_value(tiny_model, tmp_path):
-    plain, plain_batch, _ = one_batch(tiny_model, tmp_path, rollout_func=ends_with_eos)
-    trainer, batch, output = one_batch(tiny_model, tmp_path, rollout_func=ends_with_eos, bootstrap_truncated=True)
+    _, plain_batch, _ = one_batch(tiny_model, tmp_path, rollout_func=ends_with_eos)
+    options = {"rollout_func": ends_with_eos, "bootstrap_truncated": True, "learning_rate": 1e-12, "num_iterations": 1}
+    trainer, batch, output = one_batch(tiny_model, tmp_path, **options)
     assert not plain_batch.values[:, -1].any()
     cut_off = torch.tensor([False, True] * 3 + [True, True])
     assert torch.equal(batch.values[:, -1] != 0, cut_off)
     length = output["completion_mask"].sum(1).tolist()
-    # Of the state after the tool result, which no trainable token of the row stands before.
-    start = build(Spy, PPOConfig, tiny_model, tmp_path, **SCRIPTED)
-    start.critic.head.load_state_dict({"weight": torch.zeros(1, 32), "bias": torch.ones(1)}, strict=False)
+    # That of the state after the tool result, which stands behind the last trainable token.
     assert length[6] > batch.mask[6].sum()
+    prompt = output["prompt_ids"][6][output["prompt_mask"][6].bool()]
+    ids = torch.cat([prompt, output["completion_ids"][6, : length[6]]])[None]
+    with torch.no_grad():
+        after = trainer.critic.values(ids, torch.ones_like(ids), 1)[0, 0]
+    torch.testing.assert_close(batch.values[6, -1], after, atol=1e-5, rtol=0)
 
 
 def test_cut_off_completions_pay_a_penalty_that_unscored_ones_do_not(tiny_model, tmp_path):
@@ -281,7 +291,7 @@ def test_the_penalty_reaches_completions_that_are_scored_by_steps_alone(tiny_mod
 
 
 def test_what_is_handed_to_the_loss(tiny_model, tmp_path):
-    trainer, batch, output = one_batch(tiny_model, tmp_path, reward_funcs=some_fail, critic_lam=1.0)
+    _, batch, output = one_batch(tiny_model, tmp_path, reward_funcs=some_fail, critic_lam=1.0)
     assert torch.equal(output["value_mask"], batch.trainable) and not output["value_mask"][3].any()
     to_go = batch.rewards.sum(1, keepdim=True).expand_as(batch.mask).where(batch.trainable, 0.0)
     torch.testing.assert_close(output["returns"].double(), to_go, atol=1e-6, rtol=0)
@@ -359,7 +369,7 @@ def test_a_loss_that_leaves_the_critic_out_is_named(tiny_model, tmp_path):
         def _compute_loss(self, model, inputs):
             return trl.GRPOTrainer._compute_loss(self, model, inputs)
 
-    trainer = build(Theirs, PPOConfig, tiny_model, tmp_path, **SCRIPTED)
+    trainer = build(Theirs, PPOConfig, tiny_model, tmp_path, beta=0.0, **SCRIPTED)
     with pytest.raises(ValueError, match=r"Theirs overrides _compute_loss .* so that the critic of PPOTrainer has no"):
         trainer.train()
 

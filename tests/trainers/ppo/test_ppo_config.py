@@ -63,8 +63,8 @@ REFUSED = {
         "bootstrap_truncated": True, "mask_truncated_completions": True,
     },
     "The critic has no gradient scaler; use bf16=True or full precision.": {"fp16": True},
-    "PPOTrainer keeps its critic outside the engine of DeepSpeed; use DDP (accelerate launch --multi_gpu) or FSDP2, or "
-    "GRPOTrainer with 'reinforce_plus_plus', which needs no critic.": {"deepspeed": "zero2.json"},
+    "PPOTrainer keeps its critic outside the engine of DeepSpeed; use DDP (accelerate launch --multi_gpu) or FSDP2, "
+    "or GRPOTrainer with 'reinforce_plus_plus', which needs no critic.": {"deepspeed": "zero2.json"},
     "optim='galore_adamw' cannot be used for the critic; use a plain optimiser such as 'adamw_torch' or "
     "'paged_adamw_8bit'.": {"optim": "galore_adamw"},
     "optim='lomo' cannot be used for the critic; use a plain optimiser such as 'adamw_torch' or "

@@ -12,7 +12,8 @@ from transformers import BitsAndBytesConfig
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 from trl_ext.trainers.ppo import PPOConfig, PPOTrainer
 
-KINDS = ["full", "LoRA", pytest.param("4-bit", marks=pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes"))]  # fmt: skip
+needs_bitsandbytes = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")
+KINDS = ["full", "LoRA", pytest.param("4-bit", marks=needs_bitsandbytes)]
 
 
 def build(model, folder, kind, **options):
