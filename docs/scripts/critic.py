@@ -77,9 +77,9 @@ def draw(results: dict[int, dict], path: Path) -> None:
         left.plot(range(1, len(curve) + 1), curve, label=f"seed {seed}")
         bars = result["gradient_variance"]
         right.plot(list(bars), [x / bars["V = 0"] for x in bars.values()], "o", label=f"seed {seed}")
-    left.set(xlabel="Generation batch of 64 completions", ylabel="Explained variance, before training", ylim=(-0.5, 1))
+    left.set(xlabel="Generation batch of 64 completions", ylabel="Explained variance", ylim=(-0.5, 1))
     left.axhline(0, color="0.7", linewidth=0.8)
-    right.set(ylabel="Variance of the policy gradient, V = 0 is 1", ylim=(0, 1.1), xlabel="Baseline")
+    right.set(ylabel="Gradient variance, relative", ylim=(0, 1.1), xlabel="Baseline")
     right.margins(x=0.3)
     left.legend(frameon=False)
     figure.savefig(path, dpi=110)
