@@ -14,6 +14,8 @@ _PUBLIC = {
     "DPOTrainer": "trl_ext.trainers.dpo",
     "GRPOConfig": "trl_ext.trainers.grpo",
     "GRPOTrainer": "trl_ext.trainers.grpo",
+    "PPOConfig": "trl_ext.trainers.ppo",
+    "PPOTrainer": "trl_ext.trainers.ppo",
     "ProcessRewardModel": "trl_ext.rewards",
     "register": "trl_ext.registration",
     "unregister": "trl_ext.registration",
@@ -23,6 +25,8 @@ __all__ = [
     "DPOTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
     "ProcessRewardModel",
     "__version__",
     "register",
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
     from .trainers.dpo import DPOTrainer as DPOTrainer
     from .trainers.grpo import GRPOConfig as GRPOConfig
     from .trainers.grpo import GRPOTrainer as GRPOTrainer
+    from .trainers.ppo import PPOConfig as PPOConfig
+    from .trainers.ppo import PPOTrainer as PPOTrainer
 
 
 def __getattr__(name: str) -> Any:

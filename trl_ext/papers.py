@@ -95,6 +95,35 @@ PAPERS: dict[str, Paper] = {
         2025,
         "2505.23585",
     ),
+    "ppo": Paper(
+        "schulman2017proximal",
+        "Proximal Policy Optimization Algorithms",
+        "John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov",
+        2017,
+        "1707.06347",
+    ),
+    "gae": Paper(
+        "schulman2015highdimensional",
+        "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
+        "John Schulman and Philipp Moritz and Sergey Levine and Michael Jordan and Pieter Abbeel",
+        2015,
+        "1506.02438",
+    ),
+    "a2c": Paper(
+        "huang2022a2c",
+        "A2C is a special case of PPO",
+        "Shengyi Huang and Anssi Kanervisto and Antonin Raffin and Weixun Wang and Santiago Ontañón and Rousslan "
+        "Fernand Julien Dossa",
+        2022,
+        "2205.09123",
+    ),
+    "vc_ppo": Paper(
+        "yuan2025whats",
+        "What's Behind PPO's Collapse in Long-CoT? Value Optimization Holds the Secret",
+        "Yufeng Yuan and Yu Yue and Ruofei Zhu and Tiantian Fan and Lin Yan",
+        2025,
+        "2503.01491",
+    ),
     "math_shepherd": Paper(
         "wang2023mathshepherd",
         "Math-Shepherd: Verify and Reinforce LLMs Step-by-step without Human Annotations",

@@ -177,3 +177,20 @@ def process_group_relative(
             total[-1].append(sum(parts))
             sizes = [size_ + abs(part) for size_, part in zip(sizes, parts, strict=True)]
     return total, sizes[0] / sum(sizes) if sum(sizes) else math.nan
+
+
+def lambda_advantages(rewards, mask, values, gamma=1.0, lam=0.95):
+    """Eq. 11-16 of arXiv 1506.02438, backwards over one row; the last of `values` is that of what comes after it."""
+    out, after, running = [0.0] * len(rewards), values[-1], 0.0
+    for t in reversed(range(len(rewards))):
+        if mask[t]:
+            running = rewards[t] + gamma * after - values[t] + gamma * lam * running
+            out[t], after = running, values[t]
+    return out
+
+
+def gae(rows, masks, scored, values, without_kl, gamma=1.0, lam=0.95):
+    """The same, whitened over all rows; only centred where the reward-to-go without KL is the same everywhere."""
+    advantages = [lambda_advantages(*row, gamma, lam) for row in zip(rows, masks, values, strict=True)]
+    to_go = [reward_to_go(r, m, gamma) for r, m in zip(without_kl, masks, strict=True)]
+    return _whitened(advantages, to_go, masks, scored, "token", 0, "whiten")

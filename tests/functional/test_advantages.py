@@ -40,7 +40,8 @@ def rewarded(name, rewards, scored, mask, size, penalty=None):
     if ADVANTAGE_ESTIMATORS[name].steps == "needed":
         nothing = torch.zeros_like(rewards), torch.zeros_like(scored)
         return RewardBatch(*nothing, mask, size, steps=rewards, steps_scored=scored)
-    return RewardBatch(rewards, scored, mask, size, kl_penalty=penalty)
+    values = torch.zeros(len(mask), mask.size(1) + 1) if ADVANTAGE_ESTIMATORS[name].values else None
+    return RewardBatch(rewards, scored, mask, size, kl_penalty=penalty, values=values)
 
 
 def of_returns(name, returns, mask, size):
@@ -197,6 +198,9 @@ def test_one_trainable_token_gives_zero(name):
     size = 1
     if name == "reinforce":
         close(outcome(name, [3.0], size=size), [3.0])
+    elif name == "gae":
+        with pytest.warns(UserWarning, match="All rewards of the batch are equal"):
+            close(outcome(name, [3.0], size=size), [0.0])
     else:
         for options in [{}] if name not in REINFORCE_PP else [{}, {"correction": 1}, {"weighting": "sequence"}]:
             with warnings.catch_warnings():
@@ -257,7 +261,15 @@ class Case(NamedTuple):
         if steps is not None:
             known = tensor([[not math.isnan(x) for x in row] for row in self.steps], torch.bool)
             steps = steps.where(known, 0.0)
-        return quiet(RewardBatch, outcome, scored, mask, self.size, steps, known, penalty)
+        values = tensor(self.values)
+        own, end = values[:, : values.size(1) - pad - 1], values[:, values.size(1) - pad - 1, None]
+        values = torch.cat([torch.nn.functional.pad(own, (0, pad)), end], dim=1)
+        return quiet(RewardBatch, outcome, scored, mask, self.size, steps, known, penalty, values=values)
+
+    @property
+    def values(self):
+        """What a critic might say, one number more than tokens."""
+        return [[(3 * i + 7 * t) % 5 / 4 for t in range(len(mask) + 1)] for i, mask in enumerate(self.mask)]
 
     @property
     def scored(self):
@@ -366,6 +378,8 @@ def written(name, case, **options):
         return reference.reinforce_plus_plus(rows, masks, known, without_kl, **options)
     if name == "reinforce_plus_plus_baseline":
         return reference.reinforce_plus_plus_baseline(rows, masks, known, outcomes, case.size, without_kl, **options)
+    if name == "gae":
+        return reference.gae(rows, masks, known, case.values, case.without_kl, **options)
     if name == "process_group_relative":
         steps, ends = (
             [[value(t, x) for t, x in enumerate(row) if not math.isnan(x)] for row in case.steps]
@@ -533,7 +547,8 @@ def test_a_row_says_what_becomes_of_step_rewards(name):
         before, after = estimate(name, asked(name, **without)), estimate(name, asked(name, **changed))
         # The reward of a step teaches its token and those before it, beyond what a reward at the end would.
         assert not torch.allclose(before[0], after[0])
-        assert before[0].unique().numel() == 1 and after[0, 1] > after[0, 2]
+        assert after[0, 1] > after[0, 2]
+        assert before[0].unique().numel() == 1 or ADVANTAGE_ESTIMATORS[name].values
     else:
         assert kind == "refused"
         assert not ADVANTAGE_ESTIMATORS[name].per_token, "one number per completion cannot tell its steps apart"
@@ -542,7 +557,8 @@ def test_a_row_says_what_becomes_of_step_rewards(name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("field", "shape"), [("baseline", (8,)), ("values", (8, 4))])
 def test_a_row_says_whether_the_greedy_answer_or_a_critic_is_read(name, field, shape):
-    one, other = (asked(name, **{field: torch.full(shape, x, dtype=F64)}) for x in (0.25, 0.5))
+    rising = torch.linspace(0.0, 1.0, math.prod(shape), dtype=F64).view(shape)
+    one, other = (asked(name, **{field: x * rising}) for x in (0.25, 0.5))
     reads = not torch.allclose(estimate(name, one), estimate(name, other))
     assert reads is getattr(ADVANTAGE_ESTIMATORS[name], field)
 
@@ -551,7 +567,7 @@ def options_of(name):
     return inspect.signature(ADVANTAGE_ESTIMATORS[name].function).parameters
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if ADVANTAGE_ESTIMATORS[name].std is not None])
+@pytest.mark.parametrize("name", REINFORCE_PP)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_what_a_row_divides_by_times_the_result_is_the_centred_one(name, data):
@@ -579,13 +595,14 @@ def test_a_row_without_a_divisor_divides_by_nothing_or_by_one_number_for_each_pr
 
     def scaled(factor):
         steps = None if batch.steps is None else factor * batch.steps
-        return estimate(name, dataclasses.replace(batch, outcome=factor * batch.outcome, steps=steps))
+        values = None if batch.values is None else factor * batch.values
+        return estimate(name, dataclasses.replace(batch, outcome=factor * batch.outcome, steps=steps, values=values))
 
     before, all_tripled, first_tripled = estimate(name, batch), scaled(3), scaled(first)
     if ADVANTAGE_ESTIMATORS[name].std is not None:  # one number for the batch
         close(all_tripled, before, atol=1e-6)
         assert not torch.allclose(first_tripled[4:], before[4:], rtol=0.05)
-        assert "norm" in options_of(name)
+        assert {"norm", "whiten_advantages"} & {*options_of(name)}
     elif name in PER_GROUP:
         close(all_tripled, before, atol=5e-3)
         close(first_tripled, before, atol=5e-3)
@@ -593,11 +610,11 @@ def test_a_row_without_a_divisor_divides_by_nothing_or_by_one_number_for_each_pr
         close(all_tripled, 3 * before, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if ADVANTAGE_ESTIMATORS[name].metrics is not None])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_the_share_of_the_steps_equals_the_loop(name, data):
-    assert name == "process_group_relative", "its metrics need a loop of their own"
+def test_the_share_of_the_steps_equals_the_loop(data):
+    name = "process_group_relative"
+    assert {name, "gae"} == {other for other in ALL if ADVANTAGE_ESTIMATORS[other].metrics}, "each needs its loop"
     case = data.draw(cases("needed"))
     weights = {key: data.draw(st.sampled_from([0.0, 0.5, 1.0, -2.0])) for key in ("process_weight", "outcome_weight")}
     options = {**weights, "credit": data.draw(st.sampled_from(["sum", "mean", "min"]))}

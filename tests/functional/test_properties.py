@@ -25,9 +25,14 @@ EXPONENTS = st.integers(-30, 30)
 UNIT_FREE = {"group_relative", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "process_group_relative"}
 
 
+def values_for(name, mask):
+    """What a critic that knows nothing says, where one is needed."""
+    return {"values": torch.zeros(len(mask), mask.size(1) + 1)} if ADVANTAGE_ESTIMATORS[name].values else {}
+
+
 def of_outcomes(name):
     """An estimator as a function of the rewards of completions: `(rewards, scored, mask, group size)`."""
-    return lambda *batch: ADVANTAGE_ESTIMATORS[name].function(RewardBatch(*batch))
+    return lambda *batch: ADVANTAGE_ESTIMATORS[name].function(RewardBatch(*batch, **values_for(name, batch[2])))
 
 
 def of_steps(name, **options):
@@ -35,7 +40,7 @@ def of_steps(name, **options):
 
     def function(rewards, scored, mask, size):
         nothing = torch.zeros_like(rewards), torch.zeros_like(scored)
-        batch = RewardBatch(*nothing, mask, size, steps=rewards, steps_scored=scored)
+        batch = RewardBatch(*nothing, mask, size, steps=rewards, steps_scored=scored, **values_for(name, mask))
         return ADVANTAGE_ESTIMATORS[name].function(batch, **options)
 
     return function
@@ -176,6 +181,7 @@ def test_outcomes_steps_and_kl_of_any_dtype_are_those_of_float64_rounded_once(na
     row = ADVANTAGE_ESTIMATORS[name]
     fields |= {"kl_penalty": None} if row.steps == "needed" else {}
     fields |= {"steps": None, "steps_scored": None} if row.steps == "refused" else {}
+    fields |= values_for(name, fields["mask"])
     before = {key: value.clone() for key, value in fields.items() if isinstance(value, torch.Tensor)}
     doubled = {key: fields[key].double() for key in ("outcome", "steps", "kl_penalty") if fields[key] is not None}
     advantages, exact = (

@@ -277,7 +277,8 @@ def check_packed_attention(device: str, dtype: torch.dtype) -> None:
 
 def _advantages(row, rewards, scored, mask, *_):
     steps = {"steps": rewards, "steps_scored": scored} if row.steps == "needed" else {}
-    return row.function(RewardBatch(rewards, scored, mask, 4, **steps))
+    values = {"values": rewards.new_full((len(mask), mask.size(1) + 1), 0.3)} if row.values else {}
+    return row.function(RewardBatch(rewards, scored, mask, 4, **steps, **values))
 
 
 def _penalty(estimator, rewards, scored, mask, *logps):

@@ -23,6 +23,12 @@ def one_and_two(worker, model: str, folder: Path, launcher: list[str] | None = N
         launcher (`list[str]`, *optional*):
             Arguments of `accelerate launch`. Default: torch's own launcher.
     """
+    results = two(worker, model, folder, [], launcher)
+    return worker.run(model, folder, 1), results
+
+
+def two(worker, model: str, folder: Path, words: list[str], launcher: list[str] | None = None) -> list:
+    """The results of each of two processes; `words` are further arguments of the script."""
     if launcher is None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     else:
@@ -31,9 +37,9 @@ def one_and_two(worker, model: str, folder: Path, launcher: list[str] | None = N
             port = str(free.getsockname()[1])
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", port]
     done = subprocess.run(
-        [*command, worker.__file__, model, str(folder), "2"],
+        [*command, worker.__file__, model, str(folder), "2", *words],
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return worker.run(model, folder, 1), [torch.load(folder / f"{rank}of2.pt") for rank in (0, 1)]
+    return [torch.load(folder / f"{rank}of2.pt") for rank in (0, 1)]

@@ -26,6 +26,7 @@ from trl_ext.trainers.dpo.losses import TRL_LOSSES
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.grpo import GRPOTrainer as OurGRPOTrainer
 from trl_ext.trainers.grpo.exact_kl import lm_head
+from trl_ext.trainers.ppo import PPOConfig, PPOTrainer
 from trl_ext.upstream import CHECKS, PARAMETERS, UpstreamChanged
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -57,7 +58,9 @@ def path_of(thing):
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, GRPOConfig, DPOConfig, parser_class()])
+@pytest.mark.parametrize(
+    "ours", [OurGRPOTrainer, DPOTrainer, PPOTrainer, GRPOConfig, DPOConfig, PPOConfig, parser_class()]
+)
 def test_every_overridden_method_is_listed(ours):
     parent = upstream.trl_class(ours)
     for name in overridden(ours):
@@ -172,6 +175,14 @@ def test_no_field_of_ours_is_a_field_of_trl():
     assert ours >= {"advantage_estimator", "advantage_kwargs", "kl_estimator", "kl_placement", "callback_paths"}
     declared = {name for name in GRPOConfig.__annotations__ if not name.startswith("_")}
     assert declared == ours, "a field of ours exists in TRL's config"
+
+
+def test_no_new_field_of_ppo_is_a_field_of_trl():
+    theirs, ours = trl.GRPOConfig.__dataclass_fields__.keys(), GRPOConfig.__dataclass_fields__.keys()
+    declared = {name for name in PPOConfig.__annotations__ if not name.startswith("_")}
+    changed_defaults = {"num_generations", "beta", "num_iterations", "disable_dropout"}
+    assert declared & theirs == changed_defaults
+    assert declared & (ours - theirs) == {"advantage_estimator", "kl_placement"}
 
 
 def test_every_option_of_ours_is_off_by_default():

@@ -115,6 +115,9 @@ def test_the_row_of_a_recipe_is_true(path):
     if command_of(path) == "dpo":
         names, also = options["loss_type"], {"trl-ext dpo"}
         title = PREFERENCE_LOSSES[names[0]].method
+    elif command_of(path) == "ppo":
+        names, also = ["gae"], {"trl-ext ppo"}
+        title = ADVANTAGE_ESTIMATORS["gae"].method
     else:
         names, also = [options["advantage_estimator"]], {*filter(None, [options.get("kl_estimator")])}
         title = ADVANTAGE_ESTIMATORS[names[0]].method

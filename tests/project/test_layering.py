@@ -16,10 +16,11 @@ LAYERS = [
     {"rewards", "packed"},
     {"trainers"},
     {"registration"},
+    {"scripts"},
     {"cli", "__main__"},
     {"__init__"},
 ]
-SEES_TRL = {"upstream", "rewards", "packed", "trainers", "registration", "cli", "__main__"}
+SEES_TRL = {"upstream", "rewards", "packed", "trainers", "registration", "scripts", "cli", "__main__"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -82,6 +83,7 @@ def test_imports_point_downwards(path):
         ("papers.py", "import trl"),
         ("lookup.py", "def f():\n    from .upstream import check_parameters"),
         ("trainers/grpo/new.py", "from ...registration import register"),
+        ("trainers/ppo/new.py", "from ...scripts import ppo"),
         ("registration.py", "from . import cli"),
         ("__main__.py", "from .cli import main"),
     ],
@@ -108,6 +110,6 @@ def test_importing_the_package_loads_and_changes_nothing():
 def test_an_unknown_public_name_is_an_attribute_error():
     import trl_ext
 
-    with pytest.raises(AttributeError, match="module 'trl_ext' has no attribute 'PPOTrainer'"):
-        _ = trl_ext.PPOTrainer
+    with pytest.raises(AttributeError, match="module 'trl_ext' has no attribute 'RLOOTrainer'"):
+        _ = trl_ext.RLOOTrainer
     assert trl_ext.GRPOTrainer.__module__.startswith("trl_ext.trainers.grpo")

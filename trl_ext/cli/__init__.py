@@ -1,6 +1,7 @@
 """`trl-ext <command> …`: TRL's command line with our options, in every worker process."""
 
 import argparse
+import importlib
 import io
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from ..registration import register
 
 DESCRIPTION = (
     "TRL's command line with the options of trl_ext: advantage estimators, KL penalties and process rewards for "
-    "`trl-ext grpo`, preference losses for `trl-ext dpo`. `trl-ext grpo --help` explains them."
+    "`trl-ext grpo`, preference losses for `trl-ext dpo`, and `trl-ext ppo`. `trl-ext grpo --help` explains them."
 )
+COMMANDS = ("ppo",)  # that TRL does not have; their scripts are in `trl_ext.scripts`
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,12 +25,15 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["env"]:
         return _env(argv[1:])
     from trl.cli.commands import get_commands
+    from trl.cli.commands.training import TrainingCommand
     from trl.cli.main import main as trl_main
 
+    commands = [*get_commands(), *map(TrainingCommand, COMMANDS)]
     with ExitStack() as undo, warnings.catch_warnings():
         _set(undo, sys.modules["trl.cli.main"], "ArgumentParser", _overview)
+        _set(undo, sys.modules["trl.cli.main"], "get_commands", lambda: commands)
         command = next((word for word in argv if not word.startswith("-")), None)
-        if command not in {command.name for command in get_commands()}:
+        if command not in {command.name for command in commands}:
             return trl_main(argv)  # help, or a command that does not exist: no need to load torch
         return _run(argv, undo)
 
@@ -50,6 +55,10 @@ def _run(argv: list[str], undo: ExitStack) -> int:
 
         _set(undo, accelerate_launcher, "launch_training_script", launch_training_script)
         _set(undo, trl, "TrlParser", parser_class(seen))
+        for name in COMMANDS:  # TRL looks for the script of a command in `trl.scripts`
+            if name in argv:
+                sys.modules[f"trl.scripts.{name}"] = importlib.import_module(f"trl_ext.scripts.{name}")
+                undo.callback(sys.modules.pop, f"trl.scripts.{name}")
         return sys.modules["trl.cli.main"].main(argv)
     except subprocess.CalledProcessError as error:  # the worker has said why
         return error.returncode if error.returncode > 0 else 1

@@ -5,13 +5,16 @@ import subprocess
 
 from accelerate.commands import launch
 
+from . import COMMANDS
+
 
 def launch_training_script(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
     """As TRL's, with `-m trl_ext` put before the script: a patch of this process would not reach the workers."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    script = str(importlib.resources.files("trl.scripts").joinpath(script_name))
+    package = "trl_ext.scripts" if script_name.removesuffix(".py") in COMMANDS else "trl.scripts"
+    script = str(importlib.resources.files(package).joinpath(script_name))
     words = [*_flags_without_values(launch_args), "-m", "trl_ext", script, *training_script_args]
     refuse_stray_words(words)
     args = launch.launch_command_parser().parse_args(words)

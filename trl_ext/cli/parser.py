@@ -123,7 +123,7 @@ def _check_values(prog: str, part: Any) -> None:
                 f"reward_funcs {name!r} is neither one of TRL's {_REWARDS} nor a dotted path such as "
                 f"'my_rewards.my_function'{did_you_mean(name, _REWARDS)}"
             )
-    if prog.endswith(" grpo") and hasattr(part, "loss_type") and part.loss_type not in GRPO_LOSSES:
+    if prog.endswith((" grpo", " ppo")) and hasattr(part, "loss_type") and part.loss_type not in GRPO_LOSSES:
         _refuse_loss(part.loss_type)
 
 

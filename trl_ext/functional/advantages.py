@@ -27,6 +27,7 @@ from .token_advantages import (
     reinforce_plus_plus_baseline,
     rewards_to_go,
 )
+from .values import advantage_std, gae, value_metrics
 
 
 def group_relative(batch: RewardBatch) -> torch.Tensor:
@@ -268,5 +269,16 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         metrics=_share_of_steps,
         method="GRPO with process rewards",
         paper="deepseekmath",
+    ),
+    "gae": Estimator(
+        gae,
+        per_token=True,
+        steps="added",
+        values=True,
+        kl_placement="reward",
+        std=advantage_std,
+        metrics=value_metrics,
+        method="PPO",
+        paper="ppo",
     ),
 }

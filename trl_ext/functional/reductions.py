@@ -150,3 +150,72 @@ def reward_to_go(
         factor = factor * torch.nn.functional.pad(factor[:, shift:], (0, shift))
         shift *= 2
     return torch.where(trainable, total, 0.0).to(rewards.dtype)
+
+
+def aggregated(
+    per_token_loss: torch.Tensor,
+    mask: torch.Tensor,
+    loss_type: str,
+    *,
+    num_items: torch.Tensor | float,
+    max_completion_length: int,
+    num_processes: int = 1,
+    accumulation: int = 1,
+    steps_per_generation: int = 1,
+) -> torch.Tensor:
+    r"""
+    One loss per token as one number, as TRL's GRPO does it for its own loss of each `loss_type`:
+
+    | `loss_type` | result |
+    |---|---|
+    | `grpo`, `sapo` | \\(\mathrm{mean}_i\big(\sum_t m\,\ell / \max(\sum_t m, 1)\big) / A\\) |
+    | `bnpo` | \\(\sum m\,\ell / \max(\sum m, 1) / A\\) |
+    | `dr_grpo` | \\(\sum m\,\ell / (B \cdot L) / A\\) |
+    | `luspo` | \\(\mathrm{mean}_i(\sum_t m\,\ell) / A\\) |
+    | `dapo`, `cispo`, `vespo` | \\(\sum m\,\ell \big/ \big(\max(M, 1) \cdot A / (P S)\big)\\) |
+
+    The sum of the results of an accumulation window is the loss of the window; data-parallel processes average.
+
+    Args:
+        per_token_loss (`torch.Tensor` of shape `(B, T)`):
+            Loss \\(\ell\\) of each token of a micro-batch, finite everywhere.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            Nonzero for trainable tokens, \\(m\\).
+        loss_type (`str`):
+            One of TRL's.
+        num_items (`torch.Tensor` (0-d) or `float`):
+            Trainable tokens of the generation batch of all processes, \\(M\\).
+        max_completion_length (`int`):
+            Longest completion allowed, \\(L\\).
+        num_processes (`int`, *optional*, defaults to `1`):
+            Processes, \\(P\\).
+        accumulation (`int`, *optional*, defaults to `1`):
+            Micro-batches of this accumulation window, \\(A\\); 1 in evaluation.
+        steps_per_generation (`int`, *optional*, defaults to `1`):
+            Micro-batches of a generation batch, \\(S\\); 1 in evaluation.
+
+    Returns:
+        `torch.Tensor` (0-d): In the unit of the loss.
+
+    Raises:
+        `ValueError`: If `loss_type` is none of TRL's.
+
+    Example:
+
+    >>> loss = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    >>> aggregated(loss, torch.tensor([[1, 1], [1, 0]]), "bnpo", num_items=3, max_completion_length=2)
+    tensor(2.)
+    """
+    of_rows = (per_token_loss * mask).sum(1)
+    if loss_type in ("grpo", "sapo"):
+        return (of_rows / mask.sum(1).clamp(min=1.0)).mean() / accumulation
+    if loss_type == "bnpo":
+        return of_rows.sum() / mask.sum().clamp(min=1.0) / accumulation
+    if loss_type == "dr_grpo":
+        return of_rows.sum() / (len(mask) * max_completion_length) / accumulation
+    if loss_type == "luspo":
+        return of_rows.mean() / accumulation
+    if loss_type in ("dapo", "cispo", "vespo"):
+        items = torch.as_tensor(num_items).clamp(min=1.0)
+        return of_rows.sum() / (items / num_processes * accumulation / steps_per_generation)
+    raise ValueError(f"loss_type must be one of TRL's, got {loss_type!r}.")

@@ -41,7 +41,8 @@ class RewardBatch:
         baseline (`torch.Tensor` of shape `(N,)`, *optional*):
             Return of the greedy answer to the row's prompt.
         values (`torch.Tensor` of shape `(N, T + 1)`, *optional*):
-            What a critic expects of the rewards from each token on, and after the last.
+            What a critic expects of the rewards from each token on; in the last column, of those after the row: 0
+            where the episode has ended.
 
     Raises:
         `ValueError`: If a shape is not as above.

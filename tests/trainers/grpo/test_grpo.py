@@ -129,7 +129,9 @@ def test_the_kl_in_the_reward_is_not_counted_again_in_the_loss(train):
 # Logged values
 
 
-@pytest.mark.parametrize("name", sorted(n for n, row in ADVANTAGE_ESTIMATORS.items() if row.steps != "needed"))
+@pytest.mark.parametrize(
+    "name", sorted(n for n, row in ADVANTAGE_ESTIMATORS.items() if row.steps != "needed" and not row.values)
+)
 def test_logged_advantages_are_those_that_were_used(train, name):
     used = {}
 
@@ -170,7 +172,9 @@ def test_zero_variance_groups_are_counted_over_the_scored_completions(train):
 # One completion per prompt, unscored and clipped rewards, evaluation
 
 
-@pytest.mark.parametrize("name", sorted(name for name, row in ADVANTAGE_ESTIMATORS.items() if not row.siblings))
+@pytest.mark.parametrize(
+    "name", sorted(n for n, row in ADVANTAGE_ESTIMATORS.items() if not row.siblings and not row.values)
+)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_completion_per_prompt_trains(train, name, batch):
     trainer = train(*OURS, advantage_estimator=name, num_generations=1, per_device_train_batch_size=batch)

@@ -19,6 +19,7 @@ from .reward_calls import STEP_COLUMNS
 DEFAULT_ESTIMATOR = {"loss": "k3", "reward": "k1"}  # of the KL, by placement
 TEXT_OPTIONS = ("advantage_estimator", "kl_estimator", "kl_placement", "kl_target_unit", "step_ends_function")
 FIELDS_OF_ESTIMATORS = ("process_weight", "outcome_weight")  # options of an estimator that are fields of the config
+NEEDS_CRITIC = "advantage_estimator={!r} needs a critic. Use trl_ext.PPOConfig and PPOTrainer."
 
 
 def estimator_row(name: str) -> Estimator:
@@ -75,6 +76,8 @@ def check_advantages(options: Any) -> None:
         refuse_without(options, ["advantage_kwargs", "reward_clip_range"], "advantage_estimator")
         return
     row = estimator_row(name)
+    if row.values and not options._makes_critic:
+        raise ValueError(NEEDS_CRITIC.format(name))
     _check_estimator_options(name, row, options)
     _check_clip_range(options.reward_clip_range)
     if options.scale_rewards != "group":

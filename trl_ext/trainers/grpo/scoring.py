@@ -13,7 +13,7 @@ from ...lookup import import_path
 from ...upstream import UpstreamChanged
 from ..foreign import Options, overriding_class, watching
 from ..input_checks import warn_user
-from .checks import FIELDS_OF_ESTIMATORS, estimator_row, names_of, refuse_per_token, takes
+from .checks import FIELDS_OF_ESTIMATORS, NEEDS_CRITIC, estimator_row, names_of, refuse_per_token, takes
 from .metrics import advantage_metrics, step_metrics
 from .reward_calls import RewardCalls
 from .steps import StepCuts
@@ -28,6 +28,7 @@ class Rollout:
     process: list[int] = field(default_factory=list)  # indices of the functions that returned step rewards
     rewards_per_func: torch.Tensor | None = None  # (N, functions), all processes; NaN for process functions
     step_ends: torch.Tensor | None = None  # (N, T), all processes, where a step ends; None without step rewards
+    batch: RewardBatch | None = None  # of all processes
 
 
 class Scoring:
@@ -47,6 +48,8 @@ class Scoring:
         self.trainer, self.options, self.base = trainer, options, base
         self.name: str = options.advantage_estimator
         self.row = estimator_row(self.name)
+        if self.row.values and not hasattr(trainer, "critic"):
+            raise ValueError(NEEDS_CRITIC.format(self.name))
         self._kwargs = dict(options.advantage_kwargs or {})
         for name in FIELDS_OF_ESTIMATORS:
             if takes(self.row.function, name):
@@ -162,7 +165,8 @@ class Scoring:
         mask = self.gathered(local_mask)
         outcome, scored = reward_at_end(self._returns(rollout.rewards_per_func), mask)
         steps, steps_scored = self._steps(rollout, local_mask)
-        return RewardBatch(outcome, scored, mask, num_generations, steps, steps_scored, **extras)
+        rollout.batch = RewardBatch(outcome, scored, mask, num_generations, steps, steps_scored, **extras)
+        return rollout.batch
 
     def advantages(self, batch: RewardBatch) -> torch.Tensor:
         """`(N,)` or `(N, T)`, for the rows of all processes."""
@@ -199,7 +203,9 @@ class Scoring:
     def gathered(self, local: torch.Tensor) -> torch.Tensor:
         """`(B, T_local)` of this process to `(N, T)` of all, padded with 0, where the statistics are taken."""
         accelerator = self.trainer.accelerator
-        gathered = accelerator.gather(accelerator.pad_across_processes(local, dim=1))
+        # Padding makes int64 of bool, on the processes alone that are padded: the next gather would fail, or wait.
+        padded = accelerator.pad_across_processes(local.byte() if local.dtype == torch.bool else local, dim=1)
+        gathered = accelerator.gather(padded).to(local.dtype)
         # The statistics are in float64, which Apple's accelerator does not have.
         return gathered.cpu() if gathered.device.type == "mps" else gathered
 

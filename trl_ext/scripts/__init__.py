@@ -1,0 +1,1 @@
+"""What commands of `trl-ext` run in the workers where TRL has no script of that name."""
