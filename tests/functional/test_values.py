@@ -8,10 +8,10 @@ import warnings
 import pytest
 import reference
 import torch
-from trl_ext.functional.reinforce import reinforce_plus_plus
 
 from trl_ext.functional.reductions import aggregated, reward_to_go
 from trl_ext.functional.rewards import RewardBatch, reward_at_end
+from trl_ext.functional.token_advantages import reinforce_plus_plus
 from trl_ext.functional.values import (
     advantage_std,
     clipped_value_loss,

@@ -17,9 +17,10 @@ from .advantages import (
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
 from .preference import *  # noqa: F403
 from .process_rewards import step_advantages
-from .reductions import SATURATION, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
+from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
 from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
     "ADVANTAGE_ESTIMATORS",
@@ -27,6 +28,10 @@ __all__ = [
     "KL_ESTIMATORS",
     "RewardBatch",
     "SATURATION",
+    "aggregated",
+    "clipped_value_loss",
+    "explained_variance",
+    "gae",
     "group_mean",
     "group_relative",
     "is_constant",
@@ -34,6 +39,8 @@ __all__ = [
     "k2",
     "k3",
     "kl_in_loss",
+    "lambda_advantages",
+    "lambda_returns",
     "leave_one_out",
     "length_weighted",
     "next_beta",
