@@ -8,7 +8,7 @@ import pytest
 from trl_ext.trainers.grpo import GRPOConfig
 
 NAMES = (
-    "['group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'process_group_relative', 'reinforce', "
+    "['gae', 'group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'process_group_relative', 'reinforce', "
     "'reinforce_plus_plus', 'reinforce_plus_plus_baseline']"
 )
 

@@ -65,7 +65,7 @@ def check_num_generations(options: Any) -> None:
     if estimator_row(name).siblings:
         raise ValueError(
             f"advantage_estimator={name!r} compares completions of one prompt and needs num_generations >= 2, got 1. "
-            f"These accept 1: {names_of(lambda row: not row.siblings)}."
+            f"These accept 1: {names_of(lambda row: not row.siblings and not row.values)}."
         )
 
 
