@@ -8,8 +8,8 @@ import pytest
 from trl_ext.trainers.grpo import GRPOConfig
 
 NAMES = (
-    "['gae', 'group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'process_group_relative', 'reinforce', "
-    "'reinforce_plus_plus', 'reinforce_plus_plus_baseline']"
+    "['gae', 'group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'process_group_relative', "
+    "'reinforce', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline']"
 )
 
 
