@@ -102,11 +102,11 @@ def test_the_help_text_lists_the_row(add, monkeypatch):
 
 def test_a_row_without_siblings_accepts_one_completion_and_is_listed_among_those(add):
     add()
-    alone = [name for name, row in ADVANTAGE_ESTIMATORS.items() if not row.siblings]
+    alone = [name for name, row in ADVANTAGE_ESTIMATORS.items() if not row.siblings and not row.values]
     assert alone[-1] == "probe"
     assert refusal(advantage_estimator="leave_one_out", num_generations=1) == (
         "advantage_estimator='leave_one_out' compares completions of one prompt and needs num_generations >= 2, got "
-        f"1. These accept 1: {names_of(lambda row: not row.siblings)}."
+        f"1. These accept 1: {names_of(lambda row: not row.siblings and not row.values)}."
     )
     assert "'probe'" in refusal(advantage_estimator="leave_one_out", num_generations=1)
     assert config(advantage_estimator="probe", num_generations=1).num_generations == 1
