@@ -10,6 +10,7 @@ if not any("tests/gpu" in argument for argument in sys.argv):
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
+from theorems import pytest_addoption, pytest_configure, pytest_runtest_call  # noqa: F401  hooks
 
 _TESTS = Path(__file__).parent
 # For the processes that tests start: the package under test, the recipes and the helpers.
