@@ -13,6 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+from theorems import pytest_addoption, pytest_configure, pytest_runtest_call  # noqa: F401  hooks
 
 _TESTS = Path(__file__).parent
 # For the processes that tests start: the package under test, the recipes and the helpers.
