@@ -9,7 +9,7 @@ import tiny
 import tiny.dpo as tiny_dpo
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl.trainer.utils import use_adapter
 
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
@@ -49,6 +49,7 @@ def make(policy, tiny_model, folder, classes=OURS, **options):
     torch.manual_seed(0)  # of an adapter's first weights
     return classes[0](
         reward_funcs=settings.pop("reward_funcs", tiny.digits),
+        eval_dataset=settings.pop("eval_dataset", None),
         args=classes[1](output_dir=str(folder), **settings),
         train_dataset=tiny.dataset(),
         **given,
@@ -83,8 +84,6 @@ def reference(trainer):
 def test_the_kl_is_zero_right_after_a_refresh_and_only_there(tiny_model, tmp_path, request, policy, estimator):
     if policy == "4-bit":
         request.getfixturevalue("no_repacking")
-    if estimator == "exact" and policy == "4-bit":
-        estimator = "k2"
     trainer = train(policy, tiny_model, tmp_path, kl_estimator=estimator)
     kl = column(trainer, "kl")
     assert kl[0] == kl[2] == 0.0 and kl[1] > 1e-6 and kl[3] > 1e-6, kl
@@ -140,8 +139,8 @@ def test_a_refresh_waits_for_a_generation_batch_at_the_start_of_a_step(tiny_mode
 
 
 def test_an_evaluation_refreshes_nothing(tiny_model, tmp_path):
-    trainer = make("LoRA", tiny_model, tmp_path, ref_refresh_steps=1, eval_strategy="steps", eval_steps=1)
-    trainer.eval_dataset = tiny.dataset().select(range(4))
+    evaluations = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": tiny.dataset().select(range(4))}
+    trainer = make("LoRA", tiny_model, tmp_path, ref_refresh_steps=1, **evaluations)
     counts = []
     evaluate = trainer.evaluate
 
@@ -194,8 +193,6 @@ def test_a_mixture_is_that_of_old_reference_and_policy(tiny_model, tmp_path):
 
 
 def _AfterStep(step, function):
-    from transformers import TrainerCallback
-
     class Callback(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
@@ -365,7 +362,7 @@ def test_k1_has_the_smaller_variance_far_from_the_first_policy_and_k3_near_it():
     (kl, k1), (_, k3) = moments([0.99, 0.01], [0.5, 0.5])
     assert (round(kl, 3), round(k1, 2), round(k3, 2)) == (0.637, 0.46, 4.47)
     (kl, k1), (_, k3) = moments([0.52, 0.48], [0.5, 0.5])
-    assert (round(kl, 5), round(k1, 3), round(k3, 5)) == (0.0008, 0.04, 0.00005)
+    assert (round(kl, 5), round(k1, 3), round(k3, 5)) == (0.0008, 0.04, 0.00004)
 
 
 # Resuming
