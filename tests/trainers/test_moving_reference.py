@@ -28,13 +28,14 @@ POLICIES = {
     "embeddings": {**LORA, "target_modules": ["q_proj", "embed_tokens"]},
     "trained whole": {**LORA, "modules_to_save": ["norm"]},
     "4-bit": LORA,
+    "adapter": "given",
 }
 
 
 def make(policy, tiny_model, folder, classes=OURS, **options):
     """A trainer over the tiny task, with a refresh every second step unless `options` say otherwise."""
-    given = {"model": tiny_model}
-    if POLICIES[policy] is not None:
+    given = {"model": tiny_dpo.adapter(tiny_model) if policy == "adapter" else tiny_model}
+    if isinstance(POLICIES[policy], dict):
         given["peft_config"] = LoraConfig(**POLICIES[policy])
     if policy == "4-bit":
         given["quantization_config"] = BitsAndBytesConfig(
@@ -44,7 +45,7 @@ def make(policy, tiny_model, folder, classes=OURS, **options):
         "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "per_device_train_batch_size": 4,
         "num_generations": 4, "max_completion_length": 8, "max_steps": 4, "learning_rate": MOVED, "beta": 0.1,
         "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "ref_refresh_steps": 2,
-        "model_init_kwargs": {"dtype": "float32"}, **options,
+        "model_init_kwargs": None if policy == "adapter" else {"dtype": "float32"}, **options,
     }  # fmt: skip
     torch.manual_seed(0)  # of an adapter's first weights
     return classes[0](
@@ -179,6 +180,12 @@ def test_a_reference_that_is_never_due_changes_no_bit_of_the_training(tiny_model
         assert not any(p.requires_grad for _, p in on._moving.reference.pairs() if policy == "LoRA")
 
 
+def test_a_second_call_of_train_counts_its_own_steps(tiny_model, tmp_path):
+    trainer = train("LoRA", tiny_model, tmp_path, max_steps=3)
+    trainer.train()
+    assert column(trainer, "ref/refreshes") == [1, 1, 2] and column(trainer, "ref/age") == [1, 2, 1]
+
+
 # What
 
 
@@ -303,7 +310,7 @@ def test_dpo_refreshes_at_the_start_of_an_optimizer_step(tiny_model, tmp_path, k
 # The KL to the first policy
 
 
-@pytest.mark.parametrize("policy", ["full", "LoRA", "PiSSA", "4-bit"])
+@pytest.mark.parametrize("policy", ["full", "LoRA", "PiSSA", "4-bit", "adapter"])
 def test_the_total_kl_is_the_mean_log_ratio_to_the_first_policy(tiny_model, tmp_path, request, policy):
     """Against the logits of a model that is read once more."""
     if policy == "4-bit":
@@ -376,6 +383,7 @@ def test_k1_has_the_smaller_variance_far_from_the_first_policy_and_k3_near_it():
         ("full", OURS, {"ref_refresh_alpha": 0.5, "ref_total_kl": True}),
         ("PiSSA", OURS, {"kl_estimator": "exact"}),
         ("4-bit", OURS, {}),
+        ("adapter", OURS, {}),
         ("LoRA", PPO, {"num_iterations": 1}),
         ("full", PPO, {"num_iterations": 1}),
     ],

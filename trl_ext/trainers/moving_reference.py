@@ -222,6 +222,11 @@ class _Steps(TrainerCallback):
     def __init__(self, moving: MovingReference, refreshes: bool):
         self._moving, self._refreshes = moving, refreshes
 
+    def on_train_begin(self, args, state, *others, **kwargs):
+        self._moving.last_step = min(
+            self._moving.last_step, state.global_step
+        )  # a second call of `train` counts from 0
+
     def on_step_begin(self, *args, **kwargs):
         if self._refreshes:
             self._moving.refresh_if_due()
