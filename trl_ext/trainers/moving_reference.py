@@ -158,7 +158,8 @@ class MovingReference:
 
     def __init__(self, trainer: Any, options: Options, samples: bool):
         self.trainer, self.steps, self.kl = trainer, options.ref_refresh_steps, options.ref_refresh_kl
-        self.alpha, self.empties_optimizer = options.ref_refresh_alpha, options.ref_refresh_optimizer
+        self.alpha = 1.0 if options.ref_refresh_alpha is None else options.ref_refresh_alpha
+        self.empties_optimizer = bool(options.ref_refresh_optimizer)
         adapter, total = is_peft_model(trainer.model), options.ref_total_kl
         self.measures_total: bool = adapter and samples if total is None else total
         self.reference = (AdapterReference if adapter else ModelReference)(trainer, self.measures_total)

@@ -27,11 +27,9 @@ def check_reference(options: Any, pairs: bool = False) -> None:
         )
     _check_values(options)
     if not refreshes(options):
-        for name in ("ref_refresh_optimizer", "ref_total_kl"):
-            if getattr(options, name):
+        for name in ("ref_refresh_alpha", "ref_refresh_optimizer", "ref_total_kl"):
+            if getattr(options, name) not in (None, False):
                 raise ValueError(f"{name} is read only with {_TRIGGERS}; set one of them, or remove it.")
-        if options.ref_refresh_alpha != 1.0:
-            raise ValueError(f"ref_refresh_alpha is read only with {_TRIGGERS}; set one of them, or remove it.")
         return
     if not pairs and options.beta == 0.0:
         raise ValueError("beta=0.0 uses no reference, so there is none to refresh. Set beta, or remove ref_refresh_*.")
@@ -107,7 +105,7 @@ def check_policy(options: Any, given: dict[str, Any]) -> None:
             f"ref_refresh_* keeps the reference as a second adapter, and bias={bias!r} trains biases of the base "
             "model, which both would share. Use bias='none'."
         )
-    if options.ref_refresh_alpha != 1.0:
+    if options.ref_refresh_alpha not in (None, 1.0):
         raise ValueError(
             f"ref_refresh_alpha={options.ref_refresh_alpha} needs a policy without an adapter: a mixture of the "
             "factors of two adapters is no mixture of what they do. Use 1.0."

@@ -56,9 +56,9 @@ class DPOConfig(OnlyInOurTrainer, _DPOConfig):
             docs/methods/reference.md.
         ref_refresh_kl (`float`, *optional*):
             Of `GRPOConfig`, and refused here: the log-ratios of pairs are no KL.
-        ref_refresh_alpha (`float`, *optional*, defaults to `1.0`):
-            The new reference is (1 - alpha) times the old one plus alpha times the policy. Below 1 only without an
-            adapter.
+        ref_refresh_alpha (`float`, *optional*):
+            The new reference is (1 - alpha) times the old one plus alpha times the policy; 1 if unset. Below 1 only
+            without an adapter.
         ref_refresh_optimizer (`bool`, *optional*):
             Whether a refresh also empties the optimizer. Schedule and step count go on.
     """
@@ -121,9 +121,9 @@ class DPOConfig(OnlyInOurTrainer, _DPOConfig):
         default=None,
         metadata={"help": "Of GRPO, and refused here: the log-ratios of pairs are no KL."},
     )
-    ref_refresh_alpha: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the policy in the new reference; below 1 only without an adapter."},
+    ref_refresh_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the policy in the new reference, below 1 only without an adapter. Default: 1."},
     )
     ref_refresh_optimizer: bool | None = field(
         default=None,

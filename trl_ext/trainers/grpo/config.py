@@ -80,9 +80,9 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
         ref_refresh_kl (`float`, *optional*):
             The same where the logged `kl`, in nats per token, averaged since the last generation batch began, is above
             this. With both, either suffices.
-        ref_refresh_alpha (`float`, *optional*, defaults to `1.0`):
-            The new reference is (1 - alpha) times the old one plus alpha times the policy. Below 1 only without an
-            adapter.
+        ref_refresh_alpha (`float`, *optional*):
+            The new reference is (1 - alpha) times the old one plus alpha times the policy; 1 if unset. Below 1 only
+            without an adapter.
         ref_refresh_optimizer (`bool`, *optional*):
             Whether a refresh also empties the policy's optimizer, as ProRL does. Schedule and step count go on.
         ref_total_kl (`bool`, *optional*):
@@ -180,9 +180,9 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
         default=None,
         metadata={"help": "KL in nats per token above which the reference becomes the policy. Default: never."},
     )
-    ref_refresh_alpha: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the policy in the new reference; below 1 only without an adapter."},
+    ref_refresh_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the policy in the new reference, below 1 only without an adapter. Default: 1."},
     )
     ref_refresh_optimizer: bool | None = field(
         default=None,
