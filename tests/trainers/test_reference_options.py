@@ -174,6 +174,17 @@ def test_a_reference_beside_an_adapter_is_refused(tiny_model, tmp_path):
         )  # fmt: skip
 
 
+def test_a_reference_of_another_architecture_is_refused(tiny_model, tmp_path):
+    config = AutoModelForCausalLM.from_pretrained(tiny_model).config
+    config.intermediate_size = 48
+    reference = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"ref_model has other parameters than the policy\. Pass a model of"):
+        DPOTrainer(
+            model=tiny_model, ref_model=reference, args=DPOConfig(str(tmp_path), **QUIET, **STEPS),
+            train_dataset=pairs(),
+        )  # fmt: skip
+
+
 def test_adapters_of_other_kinds_are_copied(tiny_model, tmp_path):
     config = IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"

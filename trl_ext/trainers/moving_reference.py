@@ -123,20 +123,28 @@ class AdapterReference(Reference):
 class ModelReference(Reference):
     """The model that TRL keeps as the reference beside a policy without an adapter."""
 
+    def __init__(self, trainer: Any, keeps_first: bool):
+        unwrap = trainer.accelerator.unwrap_model
+        self._model, self._reference = unwrap(trainer.model), unwrap(trainer.ref_model)
+        shapes = [[p.shape for p in model.parameters()] for model in (self._model, self._reference)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "ref_refresh_* copies the policy into the reference, but ref_model has other parameters than the "
+                "policy. Pass a model of the policy's architecture, or none."
+            )
+        super().__init__(trainer, keeps_first)
+
     def pairs(self) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
-        models = map(self.trainer.accelerator.unwrap_model, (self.trainer.model, self.trainer.ref_model))
-        return [*zip(*(model.parameters() for model in models), strict=True)]
+        return [*zip(self._model.parameters(), self._reference.parameters(), strict=True)]
 
     def refresh(self, alpha: float) -> None:
-        unwrap = self.trainer.accelerator.unwrap_model
-        SyncRefModelCallback.sync_target_model(unwrap(self.trainer.model), unwrap(self.trainer.ref_model), alpha)
+        SyncRefModelCallback.sync_target_model(self._model, self._reference, alpha)
 
     def save(self, folder: Path) -> None:
-        reference = self.trainer.accelerator.unwrap_model(self.trainer.ref_model)
-        save_model(reference, str(folder / FILE), metadata={"format": "pt"})
+        save_model(self._reference, str(folder / FILE), metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        load_model(self.trainer.accelerator.unwrap_model(self.trainer.ref_model), str(folder / FILE))
+        load_model(self._reference, str(folder / FILE))
 
     @contextmanager
     def active(self) -> Iterator[Any]:
@@ -224,9 +232,8 @@ class _Steps(TrainerCallback):
         self._moving, self._refreshes = moving, refreshes
 
     def on_train_begin(self, args, state, *others, **kwargs):
-        self._moving.last_step = min(
-            self._moving.last_step, state.global_step
-        )  # a second call of `train` counts from 0
+        # a second call of `train` counts from 0
+        self._moving.last_step = min(self._moving.last_step, state.global_step)
 
     def on_step_begin(self, *args, **kwargs):
         if self._refreshes:
