@@ -3,7 +3,8 @@ The code in the pages is run: Python and YAML in the order of a page, with one n
 
 In a page, `<!-- invisible-code-block: python … -->` holds set-up and assertions that a reader does not need,
 `<!-- skip: next "why" -->` leaves the next block out, and `<!-- slow: next "why" -->` leaves a shell block to
-`pytest -m ''`. Lines that read a YAML file train for one step, or label answers to one prompt. What is written stays in a temporary folder.
+`pytest -m ''`. Lines that read a YAML file train for one step, or label the answers to one prompt. What is written
+stays in a temporary folder.
 A Python block that begins with the comment `# name.py` is written to that file as well.
 """
 
