@@ -1,5 +1,5 @@
 """
-Train a completer for labels of steps, in a minute on one CPU core: the easy base, on right answers to long problems.
+Train a completer for labels of steps, in half a minute on one CPU core: the easy base, on right answers.
 
     python -m recipes.clock.completer [--output DIR] [--seed 0]
 """
@@ -16,7 +16,7 @@ from recipes.clock.build import Base, pretrain
 
 HERE = Path(__file__).parent
 RIGHT = Base(miscarry=0.0, slip=0.0, num_moves=8)
-STEPS = 300
+STEPS = 100
 
 
 def main() -> None:
