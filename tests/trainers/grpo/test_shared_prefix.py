@@ -360,6 +360,12 @@ def passes(trainer) -> int:
     return sum(trainer.shared_prefix_counts["policy"][kind] for kind in ("packed", "padded"))
 
 
+def by_completion(batch) -> dict:
+    """Old log-probs of each row; rows of ours are in another order."""
+    rows = zip(*(batch[name] for name in ("completion_ids", "completion_mask", "old_per_token_logps")), strict=True)
+    return {tuple(ids[mask.bool()].tolist()): logps[mask.bool()] for ids, mask, logps in rows}
+
+
 REUSED = {"num_iterations": 2, "max_steps": 2}
 
 
@@ -376,7 +382,10 @@ def test_old_log_probs_are_those_of_the_first_training_pass(made):
     assert passes(trainer) == 2 and seen[1] is seen[0] and trainer.num_iterations == 2
     theirs = made(TRLS, **REUSED)
     trained(theirs)
-    torch.testing.assert_close(seen[0], theirs._buffered_inputs[0]["old_per_token_logps"], atol=1e-5, rtol=1e-5)
+    ours, expected = (by_completion(t._buffered_inputs[0]) for t in (trainer, theirs))
+    assert ours.keys() == expected.keys() and len(ours) == 8
+    for completion, logps in ours.items():
+        torch.testing.assert_close(logps, expected[completion], atol=1e-5, rtol=1e-5)
 
 
 EARLIER = {
@@ -398,13 +407,14 @@ def test_where_they_are_needed_earlier_they_have_a_pass_of_their_own(made, case)
 
 
 def test_with_dropout_they_have_a_pass_of_their_own(made):
-    assert made(OURS, shared_prefix=True, **REUSED)._takes_old
     trainer = made(OURS, shared_prefix=True, lora=True, **REUSED)
-    assert trainer._takes_old
-    for module in trainer.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.1
-    assert has_dropout(trainer.model.get_base_model()) and not trainer._first_pass_is_old()
+    assert trainer._takes_old and not has_dropout(trainer.model.get_base_model())
+    layer = next(module for module in trainer.model.modules() if hasattr(module, "lora_dropout"))
+    layer.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    assert not trainer._first_pass_is_old()
+    layer.lora_dropout["default"].p = 0.0
+    trainer.model.config.attention_dropout = 0.1
+    assert not trainer._first_pass_is_old()
 
 
 @pytest.mark.parametrize("method", ["_generate_and_score_completions", "_compute_loss"])
