@@ -7,8 +7,8 @@ Worker of `test_processes.py`: trains every case and saves what this process saw
 import sys
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
+from launch import leave
 from tiny import build, logged, scripted_rollout, weights
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
@@ -176,5 +176,4 @@ def refused(model: str, folder: Path, world_size: int) -> dict:
 if __name__ == "__main__":
     model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     results = {**run(model, folder, world_size), "refused": refused(model, folder, world_size)}
-    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
-    torch.distributed.destroy_process_group()
+    leave(results, folder, world_size)
