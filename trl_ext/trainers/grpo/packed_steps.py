@@ -10,6 +10,7 @@ from ...packed.order import keep_groups
 from ..foreign import Options, is_ours, overriding_class
 from ..input_checks import warn_user
 from ..shared_prefix import SharesPrefixes, base_model, check_shared_prefix
+from .checks import kl_choice
 
 
 def check_packed_steps(options: Any, kl_in_loss: bool) -> None:
@@ -101,7 +102,8 @@ class PackedSteps(SharesPrefixes):
     def _fixed_order(self) -> bool:
         """Whether the loss has a mean or a quantile over a micro-batch: which rows share one is part of it then."""
         known = self.loss_type == "bnpo" or self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
-        return known or self._keeps_order
+        has_baseline = kl_choice(Options(self.args))[0] == "sequence"
+        return known or has_baseline or self._keeps_order
 
     def _compute_loss(self, model, inputs):
         without = rows_without_effect(inputs) if self._skips and self.model.training else None
