@@ -317,7 +317,7 @@ def test_bad_options_are_refused_in_one_sentence(options, message):
             "steps_per_generation).",
         ),
         (
-            {"kl_placement": "sequence", "beta": 0.1, "per_device_train_batch_size": 1},
+            {"kl_placement": "sequence", "beta": 0.1, "per_device_train_batch_size": 1, "steps_per_generation": 8},
             "kl_placement='sequence' takes its baseline from the other completions of a micro-batch, and "
             "per_device_train_batch_size=1 leaves none: the same gradient on average, with more noise.",
         ),
