@@ -2,10 +2,11 @@
 Noise and bias of the gradient of the KL, form by form, on the embedded tasks: trains a policy for some steps, samples
 batches of completions from it, and takes each form's gradient of each batch.
 
-    python docs/scripts/kl_gradient_noise.py [quickstart|hard] [--batches 64]
+    python docs/scripts/kl_gradient_noise.py [quickstart|hard] [--pairs 32]
 
-Prints variance and squared bias of the gradient of a batch of 64 completions, relative to the squared gradient of the
-KL of completions. That gradient is the mean over all batches of the unbiased form with the least noise.
+Prints variance and bias of the gradient of a batch of 64 completions, relative to the squared gradient, and to the
+gradient, of the KL of completions. The variance is that of sampling 64 completions of the same 8 prompts; the gradient
+is the mean over all batches of the unbiased form with the least noise.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trl_ext import GRPOConfig, GRPOTrainer
 from trl_ext.functional.kl import k1, k3, kl_in_loss, kl_of_completions
+from trl_ext.lookup import import_path
 
 ROOT = Path(__file__).parents[2]
 TASKS = {"quickstart": ("quickstart.yaml", 30), "hard": ("process_grpo_quickstart.yaml", 40)}
@@ -30,8 +32,6 @@ def trained(task: str):
     options = yaml.safe_load((ROOT / "recipes" / name).read_text(encoding="utf-8"))
     model, data, rewards = (options.pop(key) for key in ("model_name_or_path", "dataset_name", "reward_funcs"))
     changes = {"callback_paths": None, "max_steps": steps, "use_cpu": True, "disable_tqdm": True, "seed": 1}
-    from trl_ext.lookup import import_path
-
     functions = [import_path(path) for path in rewards]
     dataset = load_dataset(str(ROOT / data), split="train")
     args = GRPOConfig(**options | changes)
@@ -101,40 +101,49 @@ def gradients(model, reference, batch):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Noise and bias of the gradient of the KL on the embedded tasks.")
     parser.add_argument("task", choices=TASKS, nargs="?", default="quickstart")
-    parser.add_argument("--batches", type=int, default=64, help="batches of 64 completions")
+    parser.add_argument("--pairs", type=int, default=32, help="draws of prompts, two batches of each")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer, reference, dataset = trained(args.task)
-    generator, count = torch.Generator().manual_seed(0), args.batches
-    first, second, lengths, nats = {}, {}, {}, 0.0
+    generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    for _ in range(count):
+    pairs, nats = [], 0.0  # two batches of the same prompts each: what their difference is, is noise of sampling
+    for _ in range(args.pairs):
         rows = [dataset[i] for i in torch.randperm(len(dataset), generator=generator)[:PROMPTS].tolist()]
-        found, kl = gradients(model, reference, sampled(model, tokenizer, rows))
-        nats += kl / count
-        for name, gradient in found.items():
-            apart = gradient - found["**sequence**"]  # paired: the noise of the sequence form cancels in part
-            first[name] = first.get(name, 0) + gradient / count
-            second[name] = second.get(name, 0) + apart / count
-            lengths.setdefault(name, []).append((gradient.square().sum().item(), apart.square().sum().item()))
-    noise = {name: unbiased_variance([x for x, _ in lengths[name]], first[name]) for name in first}
-    scale = first["**sequence**"].square().sum().item() - noise["**sequence**"] / count
-    print(f"KL of a completion: {nats:.2f} nats; {count} batches of {PROMPTS * COMPLETIONS} completions")
-    print("| form | variance | squared bias, square root |\n|---|---|---|")
-    for name in first:
-        spread = unbiased_variance([x for _, x in lengths[name]], second[name])
-        bias = second[name].square().sum().item() - spread / count
-        root = (max(bias, 0.0) / scale) ** 0.5
-        error = (spread / count / scale) ** 0.5
-        print(f"| {name} | {noise[name] / scale:.2f} | {root:.2f} (noise of this figure {error:.2f}) |")
-    cosine = torch.nn.functional.cosine_similarity(first["exact in the loss"], first["**sequence**"], dim=0).item()
-    print(f"cosine of exact in the loss and sequence: {cosine:.3f}")
+        both = [gradients(model, reference, sampled(model, tokenizer, rows)) for _ in range(2)]
+        nats += sum(kl for _, kl in both) / (2 * args.pairs)
+        pairs.append([found for found, _ in both])
+    print(f"KL of a completion: {nats:.2f} nats; {2 * args.pairs} batches of {PROMPTS * COMPLETIONS} completions")
+    report(pairs)
 
 
-def unbiased_variance(squares: list[float], mean: torch.Tensor) -> float:
-    """Total variance of the vectors with these squared lengths and this mean."""
-    count = len(squares)
-    return (sum(squares) / count - mean.square().sum().item()) * count / (count - 1)
+def report(pairs: list) -> None:
+    """Prints the table. `pairs`: for each draw of prompts, two times `{form: gradient}`."""
+    batches, count = [found for pair in pairs for found in pair], 2 * len(pairs)
+    mean = {name: sum(found[name] for found in batches) / count for name in batches[0]}
+    best = "**sequence**"
+
+    def variance(name):
+        """Of the samples of given prompts."""
+        return sum((first[name] - second[name]).square().sum().item() / 2 for first, second in pairs) / len(pairs)
+
+    def apart(name):
+        """Squared distance of the mean from that of the sequence form, and its error; what they share cancels."""
+        found = [(first[name] - first[best] + second[name] - second[best]) / 2 for first, second in pairs]
+        center = sum(found) / len(found)
+        spread = sum((x - center).square().sum().item() for x in found) / (len(found) - 1) / len(found)
+        return center.square().sum().item() - spread, spread
+
+    centers = [(first[best] + second[best]) / 2 for first, second in pairs]
+    between = sum((x - mean[best]).square().sum().item() for x in centers) / (len(centers) - 1)
+    scale = mean[best].square().sum().item() - between / len(centers)
+    print("| form | variance | bias | error of the bias |\n|---|---|---|---|")
+    for name in mean:
+        bias, spread = apart(name)
+        cells = [variance(name) / scale, (max(bias, 0.0) / scale) ** 0.5, (spread / scale) ** 0.5]
+        print(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    cosine = torch.nn.functional.cosine_similarity(mean["exact in the loss"], mean[best], dim=0).item()
+    print(f"cosine of exact in the loss and sequence: {cosine:.3f}; of prompts alone, variance {between / scale:.2f}")
 
 
 if __name__ == "__main__":
