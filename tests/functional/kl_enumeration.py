@@ -158,6 +158,12 @@ class Chain:
         logps, ref, _ = self.rows(COMPLETIONS)
         return (logps.sum(1).exp() * (logps - ref).sum(1)).sum()
 
+    def kl_from(self, logits):
+        """KL of these completions from those of a policy with other logits."""
+        logps, logits = self.rows(COMPLETIONS)[0], logits.log_softmax(1)
+        other = torch.stack([logits[states(y), list(y)].sum() for y in COMPLETIONS])
+        return (logps.sum(1).exp() * (logps.sum(1) - other)).sum()
+
     def gradient(self, value):
         return torch.autograd.grad(value, self.logits)[0].flatten()
 
