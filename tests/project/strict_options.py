@@ -6,11 +6,13 @@ from trl.scripts.grpo import GRPOScriptArguments
 from trl_ext.lookup import import_path
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
+from trl_ext.trainers.kto import KTOConfig
 from trl_ext.trainers.ppo import PPOConfig
 
 KINDS = {
     "grpo": (GRPOScriptArguments, GRPOConfig),
     "dpo": (ScriptArguments, DPOConfig),
+    "kto": (ScriptArguments, KTOConfig),
     "ppo": (GRPOScriptArguments, PPOConfig),
 }
 ON_THIS_MACHINE = {"bf16": False, "use_cpu": True}
