@@ -20,12 +20,12 @@ SEQUENCE = {"kl_placement": "sequence", "beta": BETA}
 # Every completion of a model with three words, the second of which ends a completion
 
 
-def every_completion(ends: bool, prefix=()):
-    if len(prefix) == LONGEST or (ends and prefix and prefix[-1] == EOS):
+def every_completion(ends: bool, longest=LONGEST, prefix=()):
+    if len(prefix) == longest or (ends and prefix and prefix[-1] == EOS):
         yield [*prefix]
         return
     for token in range(3):
-        yield from every_completion(ends, (*prefix, token))
+        yield from every_completion(ends, longest, (*prefix, token))
 
 
 def reward_of(completion):
@@ -54,9 +54,9 @@ def moved(trainer, noise=0.3):
                 p.add_(noise * torch.randn(p.shape, generator=generator))
 
 
-def everything(model, folder, ends, **options):
+def everything(model, folder, ends, longest=LONGEST, **options):
     """A trainer, its batch of all completions, given rewards as advantages, and their log-probs and exact KLs."""
-    completions = [*every_completion(ends)]
+    completions = [*every_completion(ends, longest)]
     rows = len(completions) + len(completions) % 2
 
     def rollout(prompts, trainer):
@@ -140,7 +140,7 @@ def test_the_expected_gradient_is_that_of_reward_and_kl_of_completions(three_wor
 
 
 def test_with_a_baseline_over_pairs_of_completions_it_is_the_same_with_less_noise(three_words, tmp_path, monkeypatch):
-    trainer, output, completions = everything(three_words, tmp_path, ends=True, loss_type="luspo")
+    trainer, output, completions = everything(three_words, tmp_path, ends=True, longest=2, loss_type="luspo")
     output["advantages"] = torch.zeros(len(completions))
     monkeypatch.setattr("test_kl_of_completions.reward_of", lambda completion: 0.0)
     expected, p = true_gradient(trainer, completions)
