@@ -5,8 +5,8 @@ batches of completions from it, and takes each form's gradient of each batch.
     python docs/scripts/kl_gradient_noise.py [quickstart|hard] [--pairs 32]
 
 Prints variance and bias of the gradient of a batch of 64 completions, relative to the squared gradient, and to the
-gradient, of the KL of completions. The variance is that of sampling 64 completions of the same 8 prompts; the gradient
-is the mean over all batches of the unbiased form with the least noise.
+gradient, of the KL of completions; that gradient is the mean over all batches of the unbiased form with the least
+noise. The variance is given twice: of completions of the same 8 prompts, and of prompts and completions.
 """
 
 import argparse
@@ -127,6 +127,11 @@ def report(pairs: list) -> None:
         """Of the samples of given prompts."""
         return sum((first[name] - second[name]).square().sum().item() / 2 for first, second in pairs) / len(pairs)
 
+    def variance_with_prompts(name):
+        first = [one[name] for one, _ in pairs]
+        center = sum(first) / len(first)
+        return sum((x - center).square().sum().item() for x in first) / (len(first) - 1)
+
     def apart(name):
         """Squared distance of the mean from that of the sequence form, and its error; what they share cancels."""
         found = [(first[name] - first[best] + second[name] - second[best]) / 2 for first, second in pairs]
@@ -137,13 +142,14 @@ def report(pairs: list) -> None:
     centers = [(first[best] + second[best]) / 2 for first, second in pairs]
     between = sum((x - mean[best]).square().sum().item() for x in centers) / (len(centers) - 1)
     scale = mean[best].square().sum().item() - between / len(centers)
-    print("| form | variance | bias | error of the bias |\n|---|---|---|---|")
+    print("| form | variance | with prompts | bias | error of the bias |\n|---|---|---|---|---|")
     for name in mean:
         bias, spread = apart(name)
-        cells = [variance(name) / scale, (max(bias, 0.0) / scale) ** 0.5, (spread / scale) ** 0.5]
+        cells = [variance(name) / scale, variance_with_prompts(name) / scale]
+        cells += [(max(bias, 0.0) / scale) ** 0.5, (spread / scale) ** 0.5]
         print(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
     cosine = torch.nn.functional.cosine_similarity(mean["exact in the loss"], mean[best], dim=0).item()
-    print(f"cosine of exact in the loss and sequence: {cosine:.3f}; of prompts alone, variance {between / scale:.2f}")
+    print(f"cosine of exact in the loss and sequence: {cosine:.3f}")
 
 
 if __name__ == "__main__":
