@@ -1,7 +1,8 @@
 """
 The mathematics: functions of tensors that know torch and nothing else.
 
-Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`. Everything public can be imported from here.
+Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`. Everything public can be
+imported from here.
 """
 
 from . import preference
@@ -19,6 +20,7 @@ from .preference import *  # noqa: F403
 from .process_rewards import step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
+from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
 from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
@@ -28,12 +30,15 @@ __all__ = [
     "KL_ESTIMATORS",
     "RewardBatch",
     "SATURATION",
+    "STEP_LABELS",
     "aggregated",
     "clipped_value_loss",
     "explained_variance",
+    "first_error",
     "gae",
     "group_mean",
     "group_relative",
+    "hard_label",
     "is_constant",
     "k1",
     "k2",
@@ -53,6 +58,9 @@ __all__ = [
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",
+    "rollouts_for",
+    "search_together",
+    "soft_label",
     "step_advantages",
     "weighted_mean",
     "weighted_std",

@@ -107,8 +107,8 @@ def _check_exact(options: Any, what: str, instead: str) -> None:
     if options.sync_ref_model and options._rollouts_reused:
         raise ValueError(
             f"{what} reads hidden states and head of one reference, and sync_ref_model changes it between them when "
-            f"rollouts are reused (num_iterations or steps_per_generation). {instead} 'k2' or 'k3', or one optimizer "
-            "step per generation batch."
+            "rollouts are reused (num_iterations or steps_per_generation). Use ref_refresh_steps, which moves it "
+            "between generation batches."
         )
 
 
