@@ -17,11 +17,11 @@ from .advantages import (
 )
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
-from .process_rewards import step_advantages
+from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
 from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
-from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "group_mean",
     "group_relative",
     "hard_label",
+    "implicit_reward_loss",
     "is_constant",
     "k1",
     "k2",
@@ -51,6 +52,7 @@ __all__ = [
     "leave_one_out",
     "length_weighted",
     "next_beta",
+    "prime",
     "process_group_relative",
     "reinforce",
     "reinforce_plus_plus",

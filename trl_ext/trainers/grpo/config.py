@@ -12,6 +12,7 @@ from ..interruptions import callback_classes
 from ..reference_checks import check_reference
 from ..written import read_as_meant
 from .checks import check_advantages, check_num_generations, check_steps, check_texts, kl_choice
+from .implicit_prm import check_implicit_prm
 from .kl_checks import check_kl
 from .packed_steps import check_packed_steps
 
@@ -67,6 +68,9 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
             Weight of the advantages from rewards of whole completions there. Both are normalised separately.
         process_reward_model (`str` or `dict[str, Any]`, *optional*):
             Options of [`~trl_ext.rewards.ProcessRewardModel`], to be added to the reward functions.
+        implicit_prm (`str` or `dict[str, Any]`, *optional*):
+            Options of an implicit process-reward model, trained on the outcomes while the policy is, which rewards
+            every token: [`~trl_ext.trainers.grpo.implicit_prm.ImplicitPRMOptions`]. `{}` switches it on as it is.
         callback_paths (`list[str]` or `str`, *optional*):
             Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments.
             One with an attribute `trainer` is given the trainer.
@@ -92,7 +96,7 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
             adapter. Without one it keeps a copy of the model in main memory.
     """
 
-    _VALID_DICT_FIELDS = [*_GRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model"]
+    _VALID_DICT_FIELDS = [*_GRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model", "implicit_prm"]
 
     advantage_estimator: str | None = field(
         default=None,
@@ -165,6 +169,13 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
             '\'{"model": "Qwen/Qwen2.5-Math-PRM-7B", "kind": "marker"}\'.'
         },
     )
+    implicit_prm: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward every token by an implicit process-reward model that is trained on the outcomes, such as "
+            '\'{"beta": 0.05, "learning_rate": 1e-4}\'.'
+        },
+    )
     callback_paths: list[str] | None = field(
         default=None,
         metadata={"help": "Dotted paths of TrainerCallback classes to add to the trainer."},
@@ -214,6 +225,7 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
         check_advantages(options)
         check_kl(options)
         check_steps(options)
+        check_implicit_prm(options)
         check_packed_steps(options, kl_in_loss=self.beta != 0.0 and kl_choice(options)[0] != "reward")
         check_reference(options)
         callback_classes(options.callback_paths)
