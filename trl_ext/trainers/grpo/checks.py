@@ -16,7 +16,7 @@ from ...rewards.process_reward_model import refuse_escapes
 from ..input_checks import column_names, datasets_of, quoted, require_columns, require_texts, warn_user
 from .reward_calls import STEP_COLUMNS
 
-DEFAULT_ESTIMATOR = {"loss": "k3", "reward": "k1"}  # of the KL, by placement
+DEFAULT_ESTIMATOR = {"loss": "k3", "reward": "k1", "sequence": "exact"}  # of the KL, by placement
 TEXT_OPTIONS = ("advantage_estimator", "kl_estimator", "kl_placement", "kl_target_unit", "step_ends_function")
 FIELDS_OF_ESTIMATORS = ("process_weight", "outcome_weight")  # options of an estimator that are fields of the config
 NEEDS_CRITIC = "advantage_estimator={!r} needs a critic. Use trl_ext.PPOConfig and PPOTrainer."
@@ -170,9 +170,8 @@ def refuse_per_token(options: Any) -> None:
 # Steps
 
 
-def check_steps(options: Any) -> None:
-    """Refuses options for rewards of steps that cannot be honoured."""
-    name = options.advantage_estimator
+def check_cuts(options: Any) -> None:
+    """Refuses options that say where steps end and cannot be honoured."""
     if not isinstance(options.step_separator, str) or not options.step_separator:
         raise ValueError(f"step_separator must be a text of at least one character, got {options.step_separator!r}.")
     refuse_escapes("step_separator", options.step_separator)
@@ -182,6 +181,12 @@ def check_steps(options: Any) -> None:
             raise ValueError(
                 "step_ends_function finds the steps by itself, so step_separator is not read. Remove one."
             )
+
+
+def check_steps(options: Any) -> None:
+    """Refuses options for rewards of steps that cannot be honoured."""
+    name = options.advantage_estimator
+    check_cuts(options)
     for option, default in (("step_separator", "\n"), ("step_ends_function", None)):
         if name is None and getattr(options, option) != default:
             raise ValueError(f"{option} is read only with advantage_estimator; set that too, or remove it.")
