@@ -16,6 +16,8 @@ _PUBLIC = {
     "GRPOTrainer": "trl_ext.trainers.grpo",
     "PPOConfig": "trl_ext.trainers.ppo",
     "PPOTrainer": "trl_ext.trainers.ppo",
+    "PRMConfig": "trl_ext.trainers.prm",
+    "PRMTrainer": "trl_ext.trainers.prm",
     "ProcessRewardModel": "trl_ext.rewards",
     "register": "trl_ext.registration",
     "unregister": "trl_ext.registration",
@@ -27,6 +29,8 @@ __all__ = [
     "GRPOTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "PRMConfig",
+    "PRMTrainer",
     "ProcessRewardModel",
     "__version__",
     "register",
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
     from .trainers.grpo import GRPOTrainer as GRPOTrainer
     from .trainers.ppo import PPOConfig as PPOConfig
     from .trainers.ppo import PPOTrainer as PPOTrainer
+    from .trainers.prm import PRMConfig as PRMConfig
+    from .trainers.prm import PRMTrainer as PRMTrainer
 
 
 def __getattr__(name: str) -> Any:

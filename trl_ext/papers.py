@@ -124,6 +124,30 @@ PAPERS: dict[str, Paper] = {
         2025,
         "2503.01491",
     ),
+    "process_feedback": Paper(
+        "uesato2022solving",
+        "Solving math word problems with process- and outcome-based feedback",
+        "Jonathan Uesato and Nate Kushman and Ramana Kumar and Francis Song and Noah Siegel and Lisa Wang and Antonia "
+        "Creswell and Geoffrey Irving and Irina Higgins",
+        2022,
+        "2211.14275",
+    ),
+    "lets_verify": Paper(
+        "lightman2023lets",
+        "Let's Verify Step by Step",
+        "Hunter Lightman and Vineet Kosaraju and Yura Burda and Harri Edwards and Bowen Baker and Teddy Lee and Jan "
+        "Leike and John Schulman and Ilya Sutskever and Karl Cobbe",
+        2023,
+        "2305.20050",
+    ),
+    "processbench": Paper(
+        "zheng2024processbench",
+        "ProcessBench: Identifying Process Errors in Mathematical Reasoning",
+        "Chujie Zheng and Zhenru Zhang and Beichen Zhang and Runji Lin and Keming Lu and Bowen Yu and Dayiheng Liu "
+        "and Jingren Zhou and Junyang Lin",
+        2024,
+        "2412.06559",
+    ),
     "math_shepherd": Paper(
         "wang2023mathshepherd",
         "Math-Shepherd: Verify and Reinforce LLMs Step-by-step without Human Annotations",

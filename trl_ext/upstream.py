@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 _GRPO, _DPO = "trl.trainer.grpo_trainer.GRPOTrainer", "trl.trainer.dpo_trainer.DPOTrainer"
+_REWARD = "trl.trainer.reward_trainer.RewardTrainer"
 # Of every trainer that we subclass. Some are of transformers, but TRL may override them in any release.
 _OF_EVERY_TRAINER = {
     "train": ("self", "resume_from_checkpoint"),
@@ -26,7 +27,11 @@ _OF_EVERY_TRAINER = {
 }
 # What we override, call or replace, with the names of its first parameters.
 PARAMETERS: dict[str, tuple[str, ...]] = {
-    **{f"{trainer}.{method}": names for trainer in (_GRPO, _DPO) for method, names in _OF_EVERY_TRAINER.items()},
+    **{
+        f"{trainer}.{method}": names
+        for trainer in (_GRPO, _DPO, _REWARD)
+        for method, names in _OF_EVERY_TRAINER.items()
+    },
     f"{_GRPO}._prepare_inputs": ("self", "generation_batch"),
     f"{_GRPO}.training_step": ("self", "model", "inputs", "num_items_in_batch"),
     f"{_GRPO}._get_train_sampler": ("self", "dataset"),
@@ -50,13 +55,24 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_DPO}._precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
     f"{_DPO}.compute_ref_log_probs": ("self", "model", "inputs"),
     f"{_DPO}._compute_loss": ("self", "model", "inputs", "return_outputs"),
+    f"{_REWARD}._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
+    f"{_REWARD}._set_signature_columns_if_needed": ("self",),
+    f"{_REWARD}.evaluation_loop": (
+        "self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix",
+    ),
+    f"{_REWARD}._save": ("self", "output_dir", "state_dict"),
+    f"{_REWARD}._get_num_items_in_batch": ("self", "batch_samples", "device"),
     "trl.trainer.grpo_config.GRPOConfig.get_process_log_level": ("self",),
     "trl.trainer.dpo_config.DPOConfig.get_process_log_level": ("self",),
+    "trl.trainer.reward_config.RewardConfig.get_process_log_level": ("self",),
     "trl.trainer.utils.is_async_callable": ("func",),
     "trl.trainer.utils.selective_log_softmax": ("logits", "index"),
     "trl.trainer.utils.use_adapter": ("model", "adapter_name"),
     "trl.trainer.utils.get_config_model_id": ("config",),
     "trl.trainer.utils.disable_dropout_in_model": ("model",),
+    "trl.trainer.utils.create_model_from_path": ("model_id", "architecture", "kwargs"),
+    "trl.trainer.utils.global_then_local_main_first": (),
+    "trl.trainer.utils.pad": ("tensors", "padding_value", "padding_side", "pad_to_multiple_of"),
     "trl.models.utils.disable_gradient_checkpointing": ("model", "gradient_checkpointing_kwargs"),
     "trl.kernels.chunked_divergence.ChunkedDivergenceFunction.forward": (
         "ctx", "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias",

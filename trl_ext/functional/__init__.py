@@ -1,7 +1,8 @@
 """
 The mathematics: functions of tensors that know torch and nothing else.
 
-Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`. Everything public can be imported from here.
+Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_OBJECTIVES`. Everything
+public can be imported from here.
 """
 
 from . import preference
@@ -19,6 +20,16 @@ from .preference import *  # noqa: F403
 from .process_rewards import step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
+from .step_objectives import (
+    STEP_OBJECTIVES,
+    StepObjective,
+    classification_metrics,
+    classification_sums,
+    regression_metrics,
+    regression_sums,
+    squared_error,
+    step_cross_entropy,
+)
 from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
@@ -28,7 +39,11 @@ __all__ = [
     "KL_ESTIMATORS",
     "RewardBatch",
     "SATURATION",
+    "STEP_OBJECTIVES",
+    "StepObjective",
     "aggregated",
+    "classification_metrics",
+    "classification_sums",
     "clipped_value_loss",
     "explained_variance",
     "gae",
@@ -45,13 +60,17 @@ __all__ = [
     "length_weighted",
     "next_beta",
     "process_group_relative",
+    "regression_metrics",
+    "regression_sums",
     "reinforce",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",
+    "squared_error",
     "step_advantages",
+    "step_cross_entropy",
     "weighted_mean",
     "weighted_std",
     "whiten",
