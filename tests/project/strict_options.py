@@ -7,11 +7,13 @@ from trl_ext.lookup import import_path
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.ppo import PPOConfig
+from trl_ext.trainers.prm import PRMConfig
 
 KINDS = {
     "grpo": (GRPOScriptArguments, GRPOConfig),
     "dpo": (ScriptArguments, DPOConfig),
     "ppo": (GRPOScriptArguments, PPOConfig),
+    "prm": (ScriptArguments, PRMConfig),
 }
 ON_THIS_MACHINE = {"bf16": False, "use_cpu": True}
 

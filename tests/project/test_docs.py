@@ -13,6 +13,7 @@ from strict_options import read_options
 from recipes.gsm8k import exact_number, to_prompt
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.functional.preference import PREFERENCE_LOSSES
+from trl_ext.functional.step_objectives import STEP_OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")])
@@ -115,6 +116,9 @@ def test_the_row_of_a_recipe_is_true(path):
     if command_of(path) == "dpo":
         names, also = options["loss_type"], {"trl-ext dpo"}
         title = PREFERENCE_LOSSES[names[0]].method
+    elif command_of(path) == "prm":
+        names, also = [options.get("objective", "classification")], {"trl-ext prm"}
+        title = STEP_OBJECTIVES[names[0]].method
     elif command_of(path) == "ppo":
         names, also = ["gae"], {"trl-ext ppo"}
         title = ADVANTAGE_ESTIMATORS["gae"].method

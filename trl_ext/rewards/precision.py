@@ -1,5 +1,6 @@
 """The precision that a process-reward model was trained in, so that it scores with the same numbers afterwards."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -59,7 +60,7 @@ class Precision:
         quantization = getattr(model.config, "quantization_config", None)
         if quantization is not None and not isinstance(quantization, dict):
             quantization = quantization.to_dict()
-        is_bitsandbytes = quantization is not None and str(quantization.get("quant_method")) == "bitsandbytes"
+        is_bitsandbytes = quantization is not None and quantization.get("quant_method") == "bitsandbytes"
         return cls(
             weights=_name(model.get_input_embeddings().weight.dtype),
             adapter=_name(adapter[0].dtype) if adapter else None,
@@ -72,13 +73,28 @@ class Precision:
         """For JSON: what there is to say."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def apply(self, model: Any, head: torch.nn.Module) -> None:
-        """Gives adapter and head of a model that was loaded the precision that they were trained in."""
+    def apply(self, model: Any, head: torch.nn.Module, adapter: Mapping[str, torch.Tensor]) -> None:
+        """
+        Gives adapter and head of a model that was loaded the precision that they were trained in.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                Model with its adapter, if it has one.
+            head (`torch.nn.Module`):
+                Its last layer.
+            adapter (`Mapping[str, torch.Tensor]`):
+                The adapter as it was saved: transformers has read it in the precision of the weights.
+        """
         if self.adapter is not None:
             for _, parameter in _adapter_parameters(model):
                 parameter.data = parameter.data.to(getattr(torch, self.adapter))
         dtype = next(head.parameters()).dtype if self.head is None else getattr(torch, self.head)
         keep_head_in(dtype, model, head)
+        if adapter and (self.adapter is not None or self.head is not None):
+            from peft import set_peft_model_state_dict
+
+            state = {name.removeprefix("base_model.model."): value for name, value in adapter.items()}
+            set_peft_model_state_dict(model, state)
 
     def context(self, device: torch.device) -> AbstractContextManager:
         """Mixed precision, around the forward pass of a model."""

@@ -1,19 +1,22 @@
 """Process-reward models as reward functions: one number per reasoning step, for models that TRL cannot take."""
 
 import inspect
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
 )
+from transformers.utils import find_adapter_config_file
 
 from ..functional.step_objectives import STEP_OBJECTIVES
 from .precision import Precision, four_bit, head_of
@@ -26,11 +29,29 @@ def auto_class(step_format: StepFormat, source: dict[str, Any], name: str) -> An
     """The class of transformers that loads a model of this format, with its head."""
     if step_format.is_language_model:
         return AutoModelForCausalLM
-    if step_format.kind == "marker" and "AutoModel" in getattr(AutoConfig.from_pretrained(**source), "auto_map", {}):
+    if step_format.kind == "marker" and "AutoModel" in _config(source).get("auto_map", {}):
         if not source["trust_remote_code"]:  # transformers would load a model without the head
             raise ValueError(f"{name!r} brings its own code. Read it, then set trust_remote_code=True and a revision.")
         return AutoModel  # the repository's own class
     return AutoModelForTokenClassification
+
+
+def _config(source: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model or, for an adapter, of its base, as it is written: no code is run."""
+    name, options = source["pretrained_model_name_or_path"], {"revision": source.get("revision")}
+    if adapter := find_adapter_config_file(name, **options):
+        name, options = json.loads(Path(adapter).read_text())["base_model_name_or_path"], {}
+    return PretrainedConfig.get_config_dict(name, **options)[0]
+
+
+def _adapter(source: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter as they were saved; nothing of a whole model."""
+    name, revision = source["pretrained_model_name_or_path"], source["revision"]
+    if not find_adapter_config_file(name, revision=revision):
+        return {}
+    from peft import load_peft_weights
+
+    return load_peft_weights(name, device="cpu", revision=revision)
 
 
 def require_fast(tokenizer: Any, name: str) -> None:
@@ -165,7 +186,7 @@ class ProcessRewardModel:
         model = auto_class(self.format, self.source, self.__name__).from_pretrained(**self.source, **options)
         self.model = (model if self.quantization is not None else model.to(device)).eval()
         self.head = head_of(self.model, self.format.is_language_model)
-        self.precision.apply(self.model, self.head)
+        self.precision.apply(self.model, self.head, _adapter(self.source))
 
     def __call__(self, prompts: list, completion_steps: list[list[str]], **kwargs: Any) -> list[list[float | None]]:
         """Scores of the steps of each completion, `None` beyond `max_length`."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ...functional.step_objectives import STEP_OBJECTIVES
@@ -37,6 +38,11 @@ def load(given: dict[str, Any], step_format: StepFormat) -> dict[str, Any]:
             "revision": options.get("revision"),
             "trust_remote_code": options.setdefault("trust_remote_code", args.trust_remote_code),
         }
+        if find_adapter_config_file(model, revision=source["revision"]):
+            raise ValueError(
+                f"{model!r} is an adapter, which would be loaded frozen. Merge it into its base, or pass the model of "
+                "PeftModel.from_pretrained(…, is_trainable=True)."
+            )
     else:
         model_id = get_config_model_id(model.config)
         source = {"pretrained_model_name_or_path": model_id, "trust_remote_code": args.trust_remote_code}
@@ -103,6 +109,11 @@ def _check_adapter(peft_config: Any, config: Any, step_format: StepFormat) -> No
         raise ValueError(
             "peft_config does not train the new score head, which is random. Use task_type='TOKEN_CLS' "
             "(--lora_task_type TOKEN_CLS), or modules_to_save=['score']."
+        )
+    fitting = "CAUSAL_LM" if step_format.is_language_model else "TOKEN_CLS"
+    if task not in (None, fitting):
+        raise ValueError(
+            f"task_type={task!r} does not fit kind={step_format.kind!r}; use {fitting!r} (--lora_task_type {fitting})."
         )
 
 

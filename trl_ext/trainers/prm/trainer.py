@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..foreign import Options
 from ..input_checks import datasets_of
 from ..interruptions import Interruptible, add_callbacks
 from ..model_card import add_model_tag, model_card_with_options
+from .card import show_scoring
 from .config import PRMConfig, step_format
 from .data import ENCODED, IGNORED, StepCollator, check_rows, encoded
 from .models import load, one_output
@@ -157,3 +159,5 @@ class PRMTrainer(Interruptible, _RewardTrainer):
     def create_model_card(self, *args, **kwargs):
         with model_card_with_options(self, [self._objective]):
             super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            show_scoring(Path(self.args.output_dir, "README.md"), self.hub_model_id)
