@@ -31,7 +31,12 @@ NOT_HERE = ("pip ",)  # commands that are left out of a line: installing is the 
 
 # How many blocks of a page are left out, and how many are left to `pytest -m ''`. A new one is a decision, taken here.
 SKIPPED = {"CONTRIBUTING.md": 3, "README.md": 1}
-SLOW = {"docs/methods/preference.md": 1, "docs/methods/process_rewards.md": 1, "docs/quantization.md": 1}
+SLOW = {
+    "docs/methods/preference.md": 1,
+    "docs/methods/process_rewards.md": 1,
+    "docs/methods/reward_models.md": 1,
+    "docs/quantization.md": 1,
+}
 
 
 def run_python(example):
@@ -42,7 +47,8 @@ def run_python(example):
 
 def run_yaml(example):
     options = yaml.safe_load(example.parsed)
-    read_options("dpo" if isinstance(options.get("loss_type"), list) else "grpo", options)
+    command = "dpo" if isinstance(options.get("loss_type"), list) else "prm" if "kind" in options else "grpo"
+    read_options(command, options)
 
 
 def left_to_the_other_test(example):

@@ -61,7 +61,7 @@ class StepFormat:
     system_prompt: str | None = None
     objective: str = "classification"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kind = self.kind
         if kind not in SEPARATORS:
             raise ValueError(f"kind must be one of {sorted(SEPARATORS)}, got {kind!r}.")
@@ -120,7 +120,8 @@ class StepFormat:
 
     def encode(self, tokenizer: Any, prompt: Any, steps: list[str]) -> tuple[list[int], list[int]]:
         """Token ids of prompt and steps, and for each step the token to read its number at."""
-        marker = self.separator.strip()  # type: ignore[union-attr]
+        separator = self.separator or ""
+        marker = separator.strip()
         texts = [step.strip().removesuffix(marker).strip() for step in steps]
         messages = [_message("user", prompt)] if isinstance(prompt, str) else prompt
         messages = [{**message, "content": _text(message["content"])} for message in messages]
@@ -128,15 +129,15 @@ class StepFormat:
             return self._encode_chat(tokenizer, messages, texts)
         head = self._prompt_text(tokenizer, messages)
         if self.kind == "token_classifier":  # trained on pieces that were encoded one by one
-            pieces = [head, *(piece for text in texts for piece in (text, self.separator))]
+            pieces = [head, *(piece for text in texts for piece in (text, separator))]
             ids = tokenizer(pieces, add_special_tokens=False)["input_ids"]
             ends = [sum(map(len, ids[: 2 * j + 3])) - 1 for j in range(len(texts))]
             start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
             return [*start, *itertools.chain(*ids)], [len(start) + end for end in ends]
         text, places = head, []
         for step in texts:
-            text += step + self.separator
-            places.append(len(text) - len(self.separator) + len(self.separator.rstrip()))
+            text += step + separator
+            places.append(len(text) - len(separator) + len(separator.rstrip()))
         return self._ids_and_tokens(tokenizer, text, [place - 1 for place in places])
 
     def _encode_chat(self, tokenizer: Any, messages: list[dict], steps: list[str]) -> tuple[list[int], list[int]]:
