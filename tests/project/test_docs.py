@@ -99,7 +99,7 @@ def test_a_recipe_parses_without_unknown_keys(path, monkeypatch):
 
 
 def command_of(recipe):
-    return re.search(rf"trl-ext (\w+) --config recipes/{recipe.name}", recipe.read_text())[1]
+    return re.search(rf"trl-ext ([\w-]+) --config recipes/{recipe.name}", recipe.read_text())[1]
 
 
 def in_code(cell):
@@ -119,6 +119,8 @@ def test_the_row_of_a_recipe_is_true(path):
     elif command_of(path) == "prm":
         names, also = [options.get("objective", "classification")], {"trl-ext prm"}
         title = STEP_OBJECTIVES[names[0]].method
+    elif command_of(path) == "label-steps":
+        names, also, title = [options.get("search", "all")], {"trl-ext label-steps"}, "Labels of steps"
     elif command_of(path) == "ppo":
         names, also = ["gae"], {"trl-ext ppo"}
         title = ADVANTAGE_ESTIMATORS["gae"].method
@@ -128,11 +130,14 @@ def test_the_row_of_a_recipe_is_true(path):
     assert method.startswith(f"{title} (`{names[0]}`)") and in_code(method) == {*names} | also
 
     scorer = options.get("process_reward_model")
-    assert in_code(model) == {options["model_name_or_path"]} | ({scorer["model"]} if scorer else set())
+    further = {*filter(None, [options.get("completer"), scorer and scorer["model"]])}
+    assert in_code(model) == {options["model_name_or_path"]} | further
     assert ("LoRA" in model) == options.get("use_peft", False)
     assert ("4-bit" in model) == (options.get("load_in_4bit", False) or bool(scorer and scorer.get("load_in_4bit")))
     assert in_code(data) == {options["dataset_name"]}
-    embedded = (ROOT / options["model_name_or_path"]).exists() and (ROOT / options["dataset_name"]).exists()
+    made_here = options["dataset_name"].startswith("outputs/clock_")  # by a module of `recipes.clock`
+    data_here = made_here or (ROOT / options["dataset_name"]).exists()
+    embedded = (ROOT / options["model_name_or_path"]).exists() and data_here
     assert ("the hub" in needs) != embedded and ("a CPU" in needs) == embedded
     was_run = re.search("^# (Run|Not run) to the end", header, re.MULTILINE)[1] == "Run"
     assert run == ("yes" if was_run else "no")

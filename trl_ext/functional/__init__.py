@@ -1,7 +1,7 @@
 """
 The mathematics: functions of tensors that know torch and nothing else.
 
-Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_OBJECTIVES`. Everything
+Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`, `STEP_OBJECTIVES`. Everything
 public can be imported from here.
 """
 
@@ -20,6 +20,7 @@ from .preference import *  # noqa: F403
 from .process_rewards import step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
+from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
 from .step_objectives import (
     STEP_OBJECTIVES,
     StepObjective,
@@ -39,6 +40,7 @@ __all__ = [
     "KL_ESTIMATORS",
     "RewardBatch",
     "SATURATION",
+    "STEP_LABELS",
     "STEP_OBJECTIVES",
     "StepObjective",
     "aggregated",
@@ -46,9 +48,11 @@ __all__ = [
     "classification_sums",
     "clipped_value_loss",
     "explained_variance",
+    "first_error",
     "gae",
     "group_mean",
     "group_relative",
+    "hard_label",
     "is_constant",
     "k1",
     "k2",
@@ -68,6 +72,9 @@ __all__ = [
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",
+    "rollouts_for",
+    "search_together",
+    "soft_label",
     "squared_error",
     "step_advantages",
     "step_cross_entropy",
