@@ -65,6 +65,13 @@ PAPERS: dict[str, Paper] = {
         2024,
         "2402.03300",
     ),
+    "prorl": Paper(
+        "liu2025prorl",
+        "ProRL: Prolonged Reinforcement Learning Expands Reasoning Boundaries in Large Language Models",
+        "Mingjie Liu and Shizhe Diao and Ximing Lu and Jian Hu and Xin Dong and Yejin Choi and Jan Kautz and Yi Dong",
+        2025,
+        "2505.24864",
+    ),
     "rloo": Paper(
         "ahmadian2024back",
         "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in LLMs",

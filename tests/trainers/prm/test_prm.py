@@ -219,12 +219,13 @@ def test_a_regression_is_read_as_the_value_itself(bases, tmp_path, kind, weights
         ProcessRewardModel(str(tmp_path / "saved"), score="probability")
 
 
-def test_a_checkpoint_is_a_model_and_a_run_goes_on_from_it(bases, tmp_path):
-    whole = build(bases["token_classifier"], tmp_path, "LoRA", max_steps=4, save_strategy="steps", save_steps=2)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_checkpoint_is_a_model_and_a_run_goes_on_from_it(bases, tmp_path, weights):
+    whole = build(bases["token_classifier"], tmp_path, weights, max_steps=4, save_strategy="steps", save_steps=2)
     whole.train()
     scores = ProcessRewardModel(str(tmp_path / "checkpoint-2"))(prompts=PROMPTS, completion_steps=STEPS)
     assert [len(row) for row in scores] == [3, 1, 2, 3]
-    again = build(bases["token_classifier"], tmp_path, "LoRA", max_steps=4)
+    again = build(bases["token_classifier"], tmp_path, weights, max_steps=4)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for (name, ours), theirs in zip(again.model.named_parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name

@@ -93,8 +93,9 @@ def test_nothing_left_is_an_error(bases, tmp_path):
 
 
 def test_the_last_step_only_is_trained_but_all_are_measured(bases, tmp_path):
-    held_out = {"train": rows()}
-    trainer = build(bases["token_classifier"], tmp_path, train_on_last_step_only=True, eval_dataset=held_out)
+    dataset = rows()
+    options = {"train_on_last_step_only": True, "train_dataset": dataset, "eval_dataset": {"train": dataset}}
+    trainer = build(bases["token_classifier"], tmp_path, **options)
     assert trainer.train_dataset["targets"] == [[0.0], [0.25], [1.0], [0.0]]
     assert sum(map(len, trainer.eval_dataset["train"]["targets"])) == 7
     last = [row["places"][-1] for row in encode(bases["token_classifier"], rows())]

@@ -16,6 +16,7 @@ from .config import GRPOConfig as GRPOConfig
 from .kl import BetaController, KLPenalty
 from .metrics import kl_metrics, mean_advantages
 from .packed_steps import PackedSteps
+from .reference_steps import RefreshesReference
 from .reward_calls import with_process_reward_model
 from .scoring import Rollout, Scoring
 
@@ -23,7 +24,7 @@ _SCORE, _LOSS = "_generate_and_score_completions", "_compute_loss"
 _WAYS: dict[str, tuple[str, ...]] = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
 
 
-class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
+class GRPOTrainer(RefreshesReference, PackedSteps, Interruptible, _GRPOTrainer):
     """
     TRL's [`~trl.GRPOTrainer`] with the options of [`GRPOConfig`]. Takes the same arguments.
 
@@ -46,7 +47,6 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
     _scoring: Scoring | None = None  # None: rewards and advantages are TRL's
     _penalty: KLPenalty | None = None  # None: the KL is TRL's
     _controller: BetaController | None = None  # None: `beta` is constant
-    _needed: Needed  # what a subclass must not cut off
 
     def __init__(self, *args, **kwargs):
         given = inspect.signature(_GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
@@ -69,7 +69,7 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
 
     def _take_over(self, options: Options):
         """Makes the objects that do what the options ask for."""
-        self._needed = Needed(GRPOTrainer, _WAYS)
+        self._needed = Needed(GRPOTrainer, _WAYS)  # what a subclass must not cut off
         placement, name = kl_choice(options)
         if placement is not None and name is not None:
             self._penalty = KLPenalty(self, placement, name, GRPOTrainer)
@@ -77,6 +77,8 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
                 self._needed.add(method, f"kl_estimator={name!r} in the {placement}")
         if options.kl_target is not None:
             self._controller = BetaController(options.kl_target, options.kl_horizon, options.kl_target_unit)
+        if self._moving is not None:
+            self._needed.add(_SCORE, "ref_refresh_*")
         if options.advantage_estimator is not None:
             self._scoring = Scoring(self, options, GRPOTrainer)
             self._needed.add(_SCORE, f"advantage_estimator={self._scoring.name!r}")
@@ -90,7 +92,7 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
     @property
     def _is_ours(self) -> bool:  # type: ignore[override]
         """Whether training is not TRL's, bit for bit."""
-        return self._scoring is not None or self._penalty is not None or bool(self._shared)
+        return bool(self._scoring or self._penalty or self._shared or self._moving)
 
     @property
     def _penalty_now(self) -> KLPenalty | None:
@@ -172,10 +174,8 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
         metrics, beta = self._metrics[self._mode], self.beta
         if self._controller is not None and self.model.training:
             self.beta = self._controller.after(beta, torch.stack([sums[0], *sums[-3:]]), end_of_step)
-        for name, value in kl_metrics(sums).items():
+        for name, value in kl_metrics(sums, None if self._controller is None else beta).items():
             metrics[name].append(value)
-        if self._controller is not None:
-            metrics["kl/beta"].append(beta)
 
     def training_step(self, *args, **kwargs):
         with self._needed.after(self) if self._is_ours else nullcontext():

@@ -66,7 +66,6 @@ class PRMTrainer(Interruptible, _RewardTrainer):
         # The model is loaded: TRL would remark that it does not read what it was loaded with.
         with overridden(config, model_init_kwargs=None), one_output(given["model"].config):
             super().__init__(**given)
-        self._trained_rows = None  # no longer held in memory
         self.model_accepts_loss_kwargs = True  # transformers counts the labels of an accumulation window,
         self._loss_shifts_labels = False  # all of them
         self.label_names = ["targets"]  # what `compute_metrics` is given
@@ -91,6 +90,7 @@ class PRMTrainer(Interruptible, _RewardTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         last_only = self._options.train_on_last_step_only and dataset is self._trained_rows
+        self._trained_rows = None  # TRL prepares these first; they may be evaluated on, too
         return encoded(dataset, dataset_name, processing_class, self._format, args, last_only)
 
     def _set_signature_columns_if_needed(self):
