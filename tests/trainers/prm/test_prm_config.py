@@ -152,6 +152,12 @@ def test_a_quantisation_is_given_once(bases, tmp_path):
         build(bases["token_classifier"], tmp_path, **twice)
 
 
+def test_how_to_load_a_model_that_is_loaded_is_not_asked(bases, tmp_path):
+    model = AutoModelForTokenClassification.from_pretrained(bases["token_classifier"])
+    with pytest.raises(ValueError, match="^model_init_kwargs and quantization_config say how a model is loaded, and"):
+        build(model, tmp_path, model_init_kwargs={"dtype": "bfloat16"})
+
+
 def test_a_config_of_trl_is_refused_and_ours_in_trls_trainer(bases, tmp_path):
     theirs = trl.RewardConfig(str(tmp_path), bf16=False, use_cpu=True)
     with pytest.raises(ValueError, match=r"^PRMTrainer needs a PRMConfig, got RewardConfig\.$"):

@@ -60,15 +60,15 @@ class PRMTrainer(Interruptible, _RewardTrainer):
                 check_rows(dataset, name, self._format.objective)
         given = load(given, self._format)
         self._trained_rows = given.get("train_dataset")
-        given["data_collator"] = given.get("data_collator") or StepCollator(
-            given["processing_class"], config.pad_to_multiple_of
-        )
+        collator = StepCollator(given["processing_class"], config.pad_to_multiple_of)
+        given["data_collator"] = given.get("data_collator") or collator
         # The model is loaded: TRL would remark that it does not read what it was loaded with.
         with overridden(config, model_init_kwargs=None), one_output(given["model"].config):
             super().__init__(**given)
         self.model_accepts_loss_kwargs = True  # transformers counts the labels of an accumulation window,
         self._loss_shifts_labels = False  # all of them
         self.label_names = ["targets"]  # what `compute_metrics` is given
+        collator.tokenizer = self.processing_class  # TRL may have replaced it, with a chat template of another
         self._answer_ids = self._format.answer_ids(self.processing_class)
         self._head = head_of(self.model, self._format.is_language_model)
         self._unround_head()
