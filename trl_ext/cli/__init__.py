@@ -14,7 +14,7 @@ from ..registration import register
 
 DESCRIPTION = (
     "TRL's command line with the options of trl_ext: advantage estimators, KL penalties and process rewards for "
-    "`trl-ext grpo`, preference losses for `trl-ext dpo`, and the commands `trl-ext ppo`, "
+    "`trl-ext grpo`, preference losses for `trl-ext dpo` and `trl-ext kto`, and the commands `trl-ext ppo`, "
     "`trl-ext label-steps` and `trl-ext prm`. `trl-ext grpo --help` explains them."
 )
 COMMANDS = ("ppo", "prm", "label-steps")  # that TRL does not have; their scripts are in `trl_ext.scripts`

@@ -15,9 +15,9 @@ from .advantages import (
     length_weighted,
     process_group_relative,
 )
-from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
+from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
-from .process_rewards import step_advantages
+from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
 from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
@@ -31,7 +31,7 @@ from .step_objectives import (
     squared_error,
     step_cross_entropy,
 )
-from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -53,16 +53,20 @@ __all__ = [
     "group_mean",
     "group_relative",
     "hard_label",
+    "implicit_reward_loss",
     "is_constant",
     "k1",
     "k2",
     "k3",
     "kl_in_loss",
+    "kl_of_completions",
     "lambda_advantages",
     "lambda_returns",
+    "later_kl",
     "leave_one_out",
     "length_weighted",
     "next_beta",
+    "prime",
     "process_group_relative",
     "regression_metrics",
     "regression_sums",

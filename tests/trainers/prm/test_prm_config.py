@@ -154,7 +154,7 @@ def test_a_quantisation_is_given_once(bases, tmp_path):
 
 def test_how_to_load_a_model_that_is_loaded_is_not_asked(bases, tmp_path):
     model = AutoModelForTokenClassification.from_pretrained(bases["token_classifier"])
-    with pytest.raises(ValueError, match="^model_init_kwargs and quantization_config say how a model is loaded, and"):
+    with pytest.raises(ValueError, match=r"^model_init_kwargs and quantization_config say how a model is loaded, and"):
         build(model, tmp_path, model_init_kwargs={"dtype": "bfloat16"})
 
 

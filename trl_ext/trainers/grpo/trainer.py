@@ -13,6 +13,7 @@ from ..interruptions import Interruptible, add_callbacks, resumable
 from ..model_card import add_model_tag, model_card_with_options
 from .checks import check_data, kl_choice, makes_own_prompts
 from .config import GRPOConfig as GRPOConfig
+from .implicit_prm import WithImplicitPRM, check_adapter
 from .kl import BetaController, KLPenalty
 from .metrics import kl_metrics, mean_advantages
 from .packed_steps import PackedSteps
@@ -24,7 +25,7 @@ _SCORE, _LOSS = "_generate_and_score_completions", "_compute_loss"
 _WAYS: dict[str, tuple[str, ...]] = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
 
 
-class GRPOTrainer(RefreshesReference, PackedSteps, Interruptible, _GRPOTrainer):
+class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Interruptible, _GRPOTrainer):
     """
     TRL's [`~trl.GRPOTrainer`] with the options of [`GRPOConfig`]. Takes the same arguments.
 
@@ -58,6 +59,7 @@ class GRPOTrainer(RefreshesReference, PackedSteps, Interruptible, _GRPOTrainer):
         ours = options.advantage_estimator is not None or kl_choice(options)[0] is not None
         if ours:
             check_data(given, options)
+            check_adapter(given, options)
         super().__init__(*args, **kwargs)
         if ours and not self.use_vllm and not makes_own_prompts(given):
             require_eos(self._tokenizer)
@@ -69,12 +71,13 @@ class GRPOTrainer(RefreshesReference, PackedSteps, Interruptible, _GRPOTrainer):
 
     def _take_over(self, options: Options):
         """Makes the objects that do what the options ask for."""
+        super()._take_over(options)
         self._needed = Needed(GRPOTrainer, _WAYS)  # what a subclass must not cut off
         placement, name = kl_choice(options)
         if placement is not None and name is not None:
             self._penalty = KLPenalty(self, placement, name, GRPOTrainer)
             for method in (_LOSS, _SCORE) if self._penalty.in_reward or self._penalty.exact else (_LOSS,):
-                self._needed.add(method, f"kl_estimator={name!r} in the {placement}")
+                self._needed.add(method, self._penalty.in_words)
         if options.kl_target is not None:
             self._controller = BetaController(options.kl_target, options.kl_horizon, options.kl_target_unit)
         if self._moving is not None:
@@ -131,7 +134,8 @@ class GRPOTrainer(RefreshesReference, PackedSteps, Interruptible, _GRPOTrainer):
             per_token_kl, sums = penalty.of_sampler(output, mask)
             kl_penalty = beta * scoring.gathered(per_token_kl)
             self._observe_kl(sums, end_of_step=True)
-        batch = scoring.batch(rollout, mask, num_generations, kl_penalty=kl_penalty, **self._extras(output))
+        extras = self._extras(rollout, output, mask)
+        batch = scoring.batch(rollout, mask, num_generations, kl_penalty=kl_penalty, **extras)
         advantages = scoring.advantages(batch)
         output["advantages"] = scoring.local(advantages, output)
         if advantages.dim() == 2:
@@ -142,10 +146,6 @@ class GRPOTrainer(RefreshesReference, PackedSteps, Interruptible, _GRPOTrainer):
         logged.extend(rows)
         for name, value in scoring.metrics(rollout, batch, advantages, beta).items():
             self._metrics[mode][name].append(value)
-
-    def _extras(self, output: dict) -> dict[str, torch.Tensor]:
-        """What else the estimator's row asks for, of all processes: fields of `RewardBatch`. For subclasses."""
-        return {}
 
     # The loss
 

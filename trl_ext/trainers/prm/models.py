@@ -46,8 +46,8 @@ def load(given: dict[str, Any], step_format: StepFormat) -> dict[str, Any]:
     else:
         if args.model_init_kwargs is not None or given.get("quantization_config") is not None:
             raise ValueError(
-                "model_init_kwargs and quantization_config say how a model is loaded, and this one is. Remove them, or "
-                "give the model's name."
+                "model_init_kwargs and quantization_config say how a model is loaded, and this one is. Remove them, "
+                "or give the model's name."
             )
         model_id = get_config_model_id(model.config)
         source = {"pretrained_model_name_or_path": model_id, "trust_remote_code": args.trust_remote_code}
