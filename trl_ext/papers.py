@@ -142,16 +142,14 @@ PAPERS: dict[str, Paper] = {
     "lets_verify": Paper(
         "lightman2023lets",
         "Let's Verify Step by Step",
-        "Hunter Lightman and Vineet Kosaraju and Yura Burda and Harri Edwards and Bowen Baker and Teddy Lee and Jan "
-        "Leike and John Schulman and Ilya Sutskever and Karl Cobbe",
+        "Hunter Lightman and Vineet Kosaraju and Yura Burda and Harri Edwards and Bowen Baker and others",
         2023,
         "2305.20050",
     ),
     "processbench": Paper(
         "zheng2024processbench",
         "ProcessBench: Identifying Process Errors in Mathematical Reasoning",
-        "Chujie Zheng and Zhenru Zhang and Beichen Zhang and Runji Lin and Keming Lu and Bowen Yu and Dayiheng Liu "
-        "and Jingren Zhou and Junyang Lin",
+        "Chujie Zheng and Zhenru Zhang and Beichen Zhang and Runji Lin and Keming Lu and others",
         2024,
         "2412.06559",
     ),
