@@ -73,6 +73,13 @@ PAPERS: dict[str, Paper] = {
         2024,
         "2402.14740",
     ),
+    "remax": Paper(
+        "li2023remax",
+        "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models",
+        "Ziniu Li and Tian Xu and Yushun Zhang and Zhihang Lin and Yang Yu and Ruoyu Sun and Zhi-Quan Luo",
+        2023,
+        "2310.10505",
+    ),
     "reinforce_plus_plus": Paper(
         "hu2025reinforce",
         "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage Normalization",

@@ -81,6 +81,18 @@ def reinforce(rows, masks, scored, gamma=1.0, discount="trainable"):
     ]
 
 
+def remax(rows, masks, scored, greedy):
+    """Algorithm 1 of arXiv 2310.10505, the KL of the tokens to come in the return; `None` in `greedy`: not scored."""
+    out = []
+    for row, mask, known, baseline in zip(rows, masks, scored, greedy, strict=True):
+        compared = known and baseline is not None
+        out.append([0.0] * len(row))
+        for t in range(len(row)):
+            if mask[t] and compared:
+                out[-1][t] = sum(r for r, m in zip(row[t:], mask[t:], strict=True) if m) - baseline
+    return out
+
+
 def reinforce_plus_plus(
     rows,
     masks,

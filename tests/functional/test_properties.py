@@ -26,8 +26,10 @@ UNIT_FREE = {"group_relative", "reinforce_plus_plus", "reinforce_plus_plus_basel
 
 
 def values_for(name, mask):
-    """What a critic that knows nothing says, where one is needed."""
-    return {"values": torch.zeros(len(mask), mask.size(1) + 1)} if ADVANTAGE_ESTIMATORS[name].values else {}
+    """What a critic that knows nothing says, and a greedy answer that is worth nothing, where one is needed."""
+    row = ADVANTAGE_ESTIMATORS[name]
+    values = {"values": torch.zeros(len(mask), mask.size(1) + 1)} if row.values else {}
+    return values | ({"baseline": torch.zeros(len(mask))} if row.baseline else {})
 
 
 def of_outcomes(name):

@@ -4,7 +4,7 @@ import launch
 import pytest
 import torch
 import two_processes
-from two_processes import BATCH, CASES, REFUSED
+from two_processes import BATCH, CASES, GREEDY, REFUSED
 
 
 @pytest.fixture(scope="module")
@@ -13,13 +13,14 @@ def one_and_two(tiny_model, tmp_path_factory):
     return launch.one_and_two(two_processes, tiny_model, tmp_path_factory.mktemp("processes"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | GREEDY)
 def test_two_processes_equal_one(one_and_two, case):
     one, two = one_and_two[0][case], [result[case] for result in one_and_two[1]]
+    rows = GREEDY.get(case, {}).get("rows", BATCH)
     for step, whole in enumerate(one["advantages"]):
         parts = [result["advantages"][step] for result in two]
-        assert [len(part) for part in parts] == [BATCH // 2] * 2
-        for part, expected in zip(parts, whole.split(BATCH // 2), strict=True):
+        assert [len(part) for part in parts] == [rows // 2] * 2
+        for part, expected in zip(parts, whole.split(rows // 2), strict=True):
             if part.dim() == 2:  # each process pads to its own longest completion
                 assert not expected[:, part.size(1) :].any()
                 expected = expected[:, : part.size(1)]
@@ -31,7 +32,7 @@ def test_two_processes_equal_one(one_and_two, case):
     for ours, theirs in zip(two[0]["log"], one["log"], strict=True):
         assert ours.keys() == theirs.keys()
         names = {"reward", "advantages/mean", "advantages/std", "advantages/frac_groups_zero_std"}
-        names |= {"kl", "kl/k3", "kl/beta", *(name for name in ours if name.startswith("process/"))}
+        names |= {"kl", "kl/k3", "kl/beta", *(name for name in ours if name.startswith(("process/", "remax/")))}
         for name in names:
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-6), name
 

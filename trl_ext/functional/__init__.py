@@ -19,7 +19,7 @@ from .preference import *  # noqa: F403
 from .process_rewards import step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
-from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "reinforce",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "remax",
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",

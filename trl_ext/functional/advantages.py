@@ -22,9 +22,11 @@ from .rewards import RewardBatch
 from .token_advantages import (
     KL_NOISE,
     above_the_group,
+    baseline_metrics,
     reinforce,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
+    remax,
     rewards_to_go,
 )
 from .values import advantage_std, gae, value_metrics
@@ -243,6 +245,16 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         paper="opo",
     ),
     "reinforce": Estimator(reinforce, per_token=True, steps="added", method="REINFORCE", paper="reinforce"),
+    "remax": Estimator(
+        remax,
+        per_token=True,
+        steps="added",
+        baseline=True,
+        kl_placement="reward",
+        metrics=baseline_metrics,
+        method="ReMax",
+        paper="remax",
+    ),
     "reinforce_plus_plus": Estimator(
         reinforce_plus_plus,
         per_token=True,

@@ -9,7 +9,7 @@ from trl_ext.trainers.grpo import GRPOConfig
 
 NAMES = (
     "['gae', 'group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'process_group_relative', "
-    "'reinforce', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline']"
+    "'reinforce', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline', 'remax']"
 )
 
 
@@ -92,7 +92,7 @@ def clipped_mean(batch, *, limit=1.0):
         (
             {"advantage_estimator": "leave_one_out", "num_generations": 1},
             "advantage_estimator='leave_one_out' compares completions of one prompt and needs num_generations >= 2, "
-            "got 1. These accept 1: 'reinforce', 'reinforce_plus_plus'.",
+            "got 1. These accept 1: 'reinforce', 'remax', 'reinforce_plus_plus'.",
         ),
         ({"num_generations": 1}, "GRPO requires at least 2 generations per prompt"),  # TRL's own
         (

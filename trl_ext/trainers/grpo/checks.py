@@ -212,6 +212,19 @@ def makes_own_prompts(given: dict[str, Any]) -> bool:
     return given.get("environment_factory") is not None or given.get("rollout_func") is not None
 
 
+def check_given(given: dict[str, Any], options: Any) -> None:
+    """Refuses arguments of the trainer that its options cannot work with."""
+    name = options.advantage_estimator
+    if name is not None and estimator_row(name).baseline:
+        for argument in ("environment_factory", "rollout_func"):
+            if given.get(argument) is not None:
+                raise ValueError(
+                    f"advantage_estimator={name!r} generates a greedy answer of its own, which {argument} does not "
+                    f"offer. Use {names_of(lambda row: not (row.siblings or row.baseline or row.values))}."
+                )
+    check_data(given, options)
+
+
 def check_data(given: dict[str, Any], options: Any, tokenizer: Any = None) -> None:
     """Refuses data sets that cannot be trained on; with the tokenizer, also texts without a token."""
     for name in ("train_dataset", "eval_dataset"):

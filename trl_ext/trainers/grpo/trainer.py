@@ -11,8 +11,9 @@ from ..foreign import Needed, Options
 from ..input_checks import require_eos
 from ..interruptions import Interruptible, add_callbacks, resumable
 from ..model_card import add_model_tag, model_card_with_options
-from .checks import check_data, kl_choice, makes_own_prompts
+from .checks import check_data, check_given, kl_choice, makes_own_prompts
 from .config import GRPOConfig as GRPOConfig
+from .greedy import GreedyAnswers
 from .kl import BetaController, KLPenalty
 from .metrics import kl_metrics, mean_advantages
 from .packed_steps import PackedSteps
@@ -23,7 +24,7 @@ _SCORE, _LOSS = "_generate_and_score_completions", "_compute_loss"
 _WAYS: dict[str, tuple[str, ...]] = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
 
 
-class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
+class GRPOTrainer(PackedSteps, GreedyAnswers, Interruptible, _GRPOTrainer):
     """
     TRL's [`~trl.GRPOTrainer`] with the options of [`GRPOConfig`]. Takes the same arguments.
 
@@ -55,9 +56,8 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
         if options.process_reward_model is not None:
             del given["self"]
             args, kwargs = (), with_process_reward_model(given, options.process_reward_model)
-        ours = options.advantage_estimator is not None or kl_choice(options)[0] is not None
-        if ours:
-            check_data(given, options)
+        if ours := options.advantage_estimator is not None or kl_choice(options)[0] is not None:
+            check_given(given, options)
         super().__init__(*args, **kwargs)
         if ours and not self.use_vllm and not makes_own_prompts(given):
             require_eos(self._tokenizer)
