@@ -95,7 +95,7 @@ def test_estimators_of_one_return_sum_the_kl_over_the_sequence():
     close(with_kl("group_relative", [1.0, 0.0], size=2), [0.707002, -0.707002])
 
 
-PER_GROUP = ["group_relative", "process_group_relative"]  # divided by the standard deviation of the group
+PER_GROUP = ["group_relative", "pass_at_k", "process_group_relative"]  # divided by the standard deviation of the group
 GROUPS = [1, 0, 0, 0, 0.9, 1, 1, 0.8]
 
 
@@ -403,8 +403,9 @@ def written(name, case, **options):
         groups = range(0, len(rows), case.size)
         if any(sum(lengths[i] for i in range(s, s + case.size) if known[i]) == 0 for s in groups):
             return None  # no token in a group: no baseline to write down; zeros, see the laws
-    if name == "group_relative":
-        expected = reference.group_relative(returns, lengths, case.size, None if without_kl is None else outcomes)
+    if name in ("group_relative", "pass_at_k", "best_of_group", "gpg"):
+        outcomes = None if without_kl is None else outcomes
+        expected = getattr(reference, name)(returns, lengths, case.size, outcomes, **options)
     else:
         expected = getattr(reference, name)(returns, lengths, case.size)
     return [x if n else 0.0 for x, n in zip(expected, lengths, strict=True)]
@@ -436,6 +437,18 @@ def test_reinforce_plus_plus_options_equal_the_loop(case, weighting, correction,
         ("reinforce", discounting),
         ("reinforce_plus_plus", options | discounting),
         ("reinforce_plus_plus_baseline", options),
+    ):
+        actual = quiet(estimate, name, case.batch(), **given_options)
+        close(actual, written(name, case, **given_options), atol=1e-8, rtol=1e-8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(), k=st.integers(1, 4), scale=st.booleans(), correction=st.sampled_from(["groups", "nonzero"]))
+def test_options_of_the_estimators_of_attempts_equal_the_loop(case, k, scale, correction):
+    for name, given_options in (
+        ("pass_at_k", {"k": k, "scale": scale}),
+        ("best_of_group", {"scale": scale}),
+        ("gpg", {"correction": correction}),
     ):
         actual = quiet(estimate, name, case.batch(), **given_options)
         close(actual, written(name, case, **given_options), atol=1e-8, rtol=1e-8)
@@ -535,7 +548,9 @@ def test_a_row_says_whether_the_result_has_one_number_per_token(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_row_says_whether_completions_of_one_prompt_are_compared(name):
-    results = {size: estimate(name, asked(name, num_generations=size)) for size in (1, 2, 4, 8)}
+    needed = ADVANTAGE_ESTIMATORS[name].completions
+    sizes = [size for size in (1, 2, 4, 8) if size == 1 or needed is None or size >= needed()]
+    results = {size: estimate(name, asked(name, num_generations=size)) for size in sizes}
     if ADVANTAGE_ESTIMATORS[name].siblings:
         assert all(not torch.allclose(a, b) for a, b in itertools.combinations(results.values(), 2))
         if ADVANTAGE_ESTIMATORS[name].steps != "needed":  # the two steps of one completion are compared, too
@@ -628,7 +643,9 @@ def test_a_row_without_a_divisor_divides_by_nothing_or_by_one_number_for_each_pr
 @given(data=st.data())
 def test_the_share_of_the_steps_equals_the_loop(data):
     name = "process_group_relative"
-    assert {name, "gae", "remax"} == {other for other in ALL if ADVANTAGE_ESTIMATORS[other].metrics}, "each needs its loop"
+    assert {name, "gae", "remax"} == {other for other in ALL if ADVANTAGE_ESTIMATORS[other].metrics}, (
+        "each needs its loop"
+    )
     case = data.draw(cases("needed"))
     weights = {key: data.draw(st.sampled_from([0.0, 0.5, 1.0, -2.0])) for key in ("process_weight", "outcome_weight")}
     options = {**weights, "credit": data.draw(st.sampled_from(["sum", "mean", "min"]))}

@@ -22,7 +22,8 @@ from trl_ext.functional.rewards import RewardBatch, reward_at_end, reward_at_ste
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 EXPONENTS = st.integers(-30, 30)
-UNIT_FREE = {"group_relative", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "process_group_relative"}
+UNIT_FREE = {"group_relative", "pass_at_k"}
+UNIT_FREE |= {"reinforce_plus_plus", "reinforce_plus_plus_baseline", "process_group_relative"}
 
 
 def values_for(name, mask):

@@ -14,6 +14,7 @@ from .advantages import (
     length_weighted,
     process_group_relative,
 )
+from .attempts import best_of_group, gpg, pass_at_k
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
 from .preference import *  # noqa: F403
 from .process_rewards import step_advantages
@@ -29,9 +30,11 @@ __all__ = [
     "RewardBatch",
     "SATURATION",
     "aggregated",
+    "best_of_group",
     "clipped_value_loss",
     "explained_variance",
     "gae",
+    "gpg",
     "group_mean",
     "group_relative",
     "is_constant",
@@ -44,6 +47,7 @@ __all__ = [
     "leave_one_out",
     "length_weighted",
     "next_beta",
+    "pass_at_k",
     "process_group_relative",
     "reinforce",
     "reinforce_plus_plus",

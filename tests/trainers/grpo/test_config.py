@@ -8,8 +8,8 @@ import pytest
 from trl_ext.trainers.grpo import GRPOConfig
 
 NAMES = (
-    "['gae', 'group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'process_group_relative', "
-    "'reinforce', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline', 'remax']"
+    "['best_of_group', 'gae', 'gpg', 'group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'pass_at_k', "
+    "'process_group_relative', 'reinforce', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline', 'remax']"
 )
 
 
@@ -53,6 +53,18 @@ def clipped_mean(batch, *, limit=1.0):
         (
             {"advantage_estimator": "leave_one_out", "advantage_kwargs": {"gamma": 0.9}},
             "advantage_kwargs has no 'gamma' for 'leave_one_out'; it takes [].",
+        ),
+        (
+            {"advantage_estimator": "pass_at_k", "advantage_kwargs": {"k": 8}},
+            "advantage_estimator='pass_at_k' with advantage_kwargs={'k': 8} needs num_generations >= 9, got 8.",
+        ),
+        (
+            {"advantage_estimator": "pass_at_k", "num_generations": 2},
+            "advantage_estimator='pass_at_k' with advantage_kwargs=None needs num_generations >= 3, got 2.",
+        ),
+        (
+            {"advantage_estimator": "pass_at_k", "advantage_kwargs": {"k": 0}},
+            "k must be a whole number >= 1, got 0.",
         ),
         (
             {"advantage_estimator": "reinforce_plus_plus", "advantage_kwargs": {"kl_penalty": 1}},

@@ -79,6 +79,12 @@ def check_advantages(options: Any) -> None:
     if row.values and not options._makes_critic:
         raise ValueError(NEEDS_CRITIC.format(name))
     _check_estimator_options(name, row, options)
+    needed = row.completions(**(options.advantage_kwargs or {})) if row.completions is not None else 1
+    if options.num_generations < needed:
+        raise ValueError(
+            f"advantage_estimator={name!r} with advantage_kwargs={options.advantage_kwargs} needs num_generations >= "
+            f"{needed}, got {options.num_generations}."
+        )
     _check_clip_range(options.reward_clip_range)
     if options.scale_rewards != "group":
         raise ValueError(
