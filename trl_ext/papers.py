@@ -130,6 +130,13 @@ PAPERS: dict[str, Paper] = {
         2025,
         "2505.23585",
     ),
+    "trpo": Paper(
+        "schulman2015trust",
+        "Trust Region Policy Optimization",
+        "John Schulman and Sergey Levine and Philipp Moritz and Michael I. Jordan and Pieter Abbeel",
+        2015,
+        "1502.05477",
+    ),
     "ppo": Paper(
         "schulman2017proximal",
         "Proximal Policy Optimization Algorithms",

@@ -69,3 +69,14 @@ def test_what_is_wrong_on_one_process_is_raised_on_all(one_and_two, case):
     assert no_cause == "None" and ("raises" in case) == (cause != "None"), "the traceback of the function is kept"
     if case == "one_too_many":
         assert "for completion 1, which has" in first
+
+
+def test_all_processes_skip_the_same_steps(one_and_two, tiny_model, tmp_path):
+    one, two = two_processes.bounded(tiny_model, tmp_path, 1), [result["bounded"] for result in one_and_two[1]]
+    assert one["free"]["kl"][1] > 1e-5
+    for name, second in (("free", 0.0), ("below", 1.0), ("above", 0.0)):
+        for result in two:
+            assert result[name]["kl"] == pytest.approx(one[name]["kl"], rel=1e-3, abs=1e-9)
+            assert result[name]["skipped"][:2] == one[name]["skipped"][:2] == [0.0, second]
+            for key, weight in two[0][name]["weights"].items():
+                assert torch.equal(result[name]["weights"][key], weight), key

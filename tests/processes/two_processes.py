@@ -173,6 +173,27 @@ def run(model: str, folder: Path, world_size: int) -> dict:
     return results
 
 
+def bounded(model: str, folder: Path, world_size: int) -> dict:
+    """
+    Two updates on each of two generation batches: with no bound that acts, and with bounds just below and just above
+    the KL of the second update. A process alone would measure its own.
+    """
+    results, bound = {}, 1e6
+    for name in ("free", "below", "above"):
+        trainer = build(
+            GRPOTrainer, GRPOConfig, model, folder, max_steps=4, learning_rate=0.01, weight_decay=0.5,
+            rollout_func=scripted_rollout, reward_funcs=some_fail, num_iterations=2, lr_scheduler_type="constant",
+            per_device_train_batch_size=BATCH // world_size,
+            policy_kl_stop=bound * {"free": 1, "below": 0.99, "above": 1.01}[name],
+        )  # fmt: skip
+        trainer.train()
+        kl = [entry["policy_kl"] for entry in logged(trainer)]
+        bound = kl[1] if name == "free" else bound
+        skipped = [entry["policy_kl/skipped"] for entry in logged(trainer)]
+        results[name] = {"kl": kl, "skipped": skipped, "weights": weights(trainer)}
+    return results
+
+
 def refused(model: str, folder: Path, world_size: int) -> dict:
     """What each process is told of functions that go wrong on one of them."""
     errors = {}
@@ -189,5 +210,6 @@ def refused(model: str, folder: Path, world_size: int) -> dict:
 if __name__ == "__main__":
     model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     results = {**run(model, folder, world_size), "refused": refused(model, folder, world_size)}
+    results["bounded"] = bounded(model, folder, world_size)
     torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
     torch.distributed.destroy_process_group()

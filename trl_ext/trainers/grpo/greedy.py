@@ -30,7 +30,15 @@ class Answers(NamedTuple):
 class GreedyAnswers:
     """The innermost override of TRL's generation, so that a subclass that sets its own sampling cannot undo it."""
 
+    model: Any
+    num_generations: int
+    num_generations_eval: int
     _greedy: "GreedyBaseline | None" = None  # while it asks for answers; else the samples are TRL's own
+
+    @property
+    def _group_size(self) -> int:
+        """Completions per prompt, in training or evaluation."""
+        return self.num_generations if self.model.training else self.num_generations_eval
 
     def _generate_single_turn(self, *args, **kwargs):
         with nullcontext() if self._greedy is None else self._greedy.decoding():
@@ -65,8 +73,7 @@ class GreedyBaseline:
                 Function of rows, prompts and what `_generate` returned for them to their returns, of all processes.
         """
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-        asked, places = layout(len(prompts), size, accelerator.num_processes)
+        asked, places = layout(len(prompts), trainer._group_size, accelerator.num_processes)
         own = asked[accelerator.process_index]
         inputs, prompts = [inputs[i] for i in own], [prompts[i] for i in own]
         with self._without_trace():

@@ -17,6 +17,7 @@ from .greedy import GreedyAnswers
 from .kl import BetaController, KLPenalty
 from .metrics import kl_metrics, mean_advantages
 from .packed_steps import PackedSteps
+from .policy_kl import StopsAtPolicyKL
 from .reward_calls import with_process_reward_model
 from .scoring import Rollout, Scoring
 
@@ -24,7 +25,7 @@ _SCORE, _LOSS = "_generate_and_score_completions", "_compute_loss"
 _WAYS: dict[str, tuple[str, ...]] = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
 
 
-class GRPOTrainer(PackedSteps, GreedyAnswers, Interruptible, _GRPOTrainer):
+class GRPOTrainer(PackedSteps, GreedyAnswers, StopsAtPolicyKL, Interruptible, _GRPOTrainer):
     """
     TRL's [`~trl.GRPOTrainer`] with the options of [`GRPOConfig`]. Takes the same arguments.
 
@@ -54,7 +55,6 @@ class GRPOTrainer(PackedSteps, GreedyAnswers, Interruptible, _GRPOTrainer):
         check_overridden(type(self))
         options = Options(given.get("args"))
         if options.process_reward_model is not None:
-            del given["self"]
             args, kwargs = (), with_process_reward_model(given, options.process_reward_model)
         if ours := options.advantage_estimator is not None or kl_choice(options)[0] is not None:
             check_given(given, options)
@@ -90,7 +90,7 @@ class GRPOTrainer(PackedSteps, GreedyAnswers, Interruptible, _GRPOTrainer):
     @property
     def _is_ours(self) -> bool:  # type: ignore[override]
         """Whether training is not TRL's, bit for bit."""
-        return self._scoring is not None or self._penalty is not None or bool(self._shared)
+        return any((self._scoring, self._penalty, self._policy_kl, self._shared))
 
     @property
     def _penalty_now(self) -> KLPenalty | None:
@@ -107,6 +107,7 @@ class GRPOTrainer(PackedSteps, GreedyAnswers, Interruptible, _GRPOTrainer):
         if not self._is_ours:
             return super()._generate_and_score_completions(inputs)
         self._needed.has_run(_SCORE)
+        self._starts_generation_batch()
         rollout, scoring, penalty = Rollout(), self._scoring, self._penalty_now
         with ExitStack() as during:
             if scoring is not None:
@@ -123,13 +124,12 @@ class GRPOTrainer(PackedSteps, GreedyAnswers, Interruptible, _GRPOTrainer):
     def _replace_advantages(self, scoring: Scoring, rollout: Rollout, output: dict):
         """Puts our advantages in place of TRL's: `(B,)` or `(B, T)`, local rows; and in its table and metrics."""
         mode, mask, beta = self._mode, output["completion_mask"] * output.get("tool_mask", 1), self.beta
-        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         kl_penalty = None
         if (penalty := self._penalty_now) is not None and penalty.in_reward:
             per_token_kl, sums = penalty.of_sampler(output, mask)
             kl_penalty = beta * scoring.gathered(per_token_kl)
             self._observe_kl(sums, end_of_step=True)
-        batch = scoring.batch(rollout, mask, num_generations, kl_penalty=kl_penalty, **self._extras(output))
+        batch = scoring.batch(rollout, mask, self._group_size, kl_penalty=kl_penalty, **self._extras(output))
         advantages = scoring.advantages(batch)
         output["advantages"] = scoring.local(advantages, output)
         if advantages.dim() == 2:
