@@ -62,8 +62,8 @@ def remax(batch: RewardBatch) -> torch.Tensor:
 
     Example:
 
-    >>> outcome, scored = reward_at_end(torch.tensor([1.0, 0.0]), torch.ones(2, 2))
-    >>> remax(RewardBatch(outcome, scored, torch.ones(2, 2), 2, baseline=torch.tensor([0.25, 0.25])))
+    >>> outcome, ones = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.ones(2, 2)
+    >>> remax(RewardBatch(outcome, ones.bool(), ones, 2, baseline=torch.tensor([0.25, 0.25])))
     tensor([[ 0.7500,  0.7500],
             [-0.2500, -0.2500]])
     """

@@ -127,6 +127,6 @@ class StopsAtPolicyKL:
             self._policy_kl.stopped = False
 
     def _compute_loss(self, model, inputs):
-        measured = self._policy_kl is not None and self.model.training
-        with self._policy_kl.measuring(inputs) if measured else nullcontext():
+        watch = self._policy_kl if self.model.training else None
+        with nullcontext() if watch is None else watch.measuring(inputs):
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
