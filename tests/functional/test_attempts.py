@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from theorems import proves
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.functional.attempts import best_of_group, gpg, pass_at_k
@@ -25,13 +26,19 @@ def close(actual, expected, atol=1e-12):
 # Pass@k training: rewards of 0 and 1, the formula of the paper
 
 
+@pytest.mark.theorem(
+    "Advantages",
+    "With rewards of 0 and 1 `pass_at_k` is the published closed form, for any number of successes, G up to 16",
+    paper="pass_at_k",
+    at_most=1e-12,
+)
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
 def test_rewards_of_0_and_1_give_the_formula_of_the_paper(size, k):
     for ones in range(size + 1):
         found = pass_at_k(batch_of([1.0] * ones + [0.0] * (size - ones), size), k=k)
         if size <= k:
-            assert not found.any()
+            proves(found)
             continue
         zeros = size - ones
         mean = 1 - math.comb(zeros, k) / math.comb(size, k)
@@ -41,7 +48,7 @@ def test_rewards_of_0_and_1_give_the_formula_of_the_paper(size, k):
             continue
         of_a_one = (1 - mean) / std
         of_a_zero = (1 - mean - math.comb(zeros - 1, k - 1) / math.comb(size - 1, k - 1)) / std
-        close(found, [of_a_one] * ones + [of_a_zero] * zeros)
+        proves(found, torch.tensor([of_a_one] * ones + [of_a_zero] * zeros, dtype=F64))
 
 
 def test_a_group_with_a_success_in_every_set_teaches_nothing_although_its_rewards_differ():
@@ -94,17 +101,31 @@ def gradient_of_the_best(k, reward, logps, logits):
     return torch.autograd.grad(goal, logits)[0]
 
 
+@pytest.mark.theorem(
+    "Advantages",
+    "Without scaling, the expected policy gradient of `pass_at_k` is (G − k)/(G k) times that of the expected best of "
+    "k (enumeration, G = 2 to 5)",
+    paper="pkpo",
+    at_most=1e-12,
+)
 @pytest.mark.parametrize(("size", "k"), [(2, 1), (3, 1), (3, 2), (4, 2), (4, 3), (5, 3)])
 def test_without_scaling_the_best_of_k_attempts_is_what_is_improved(size, k):
     gradient, *rest = expected_gradient(lambda batch: pass_at_k(batch, k=k, scale=False), size)
-    close(gradient, (size - k) / (size * k) * gradient_of_the_best(k, *rest))
+    proves(gradient, (size - k) / (size * k) * gradient_of_the_best(k, *rest))
     assert gradient.abs().max() > 1e-3
 
 
+@pytest.mark.theorem(
+    "Advantages",
+    "The expected policy gradient of `best_of_group` is 1/G times that of the expected best of G (enumeration, "
+    "G = 2 to 5)",
+    paper="best_of_group",
+    at_most=1e-12,
+)
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_the_best_only_improves_the_best_of_the_group(size):
     gradient, *rest = expected_gradient(best_of_group, size)
-    close(gradient, gradient_of_the_best(size, *rest) / size)
+    proves(gradient, gradient_of_the_best(size, *rest) / size)
     assert gradient.abs().max() > 1e-3
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from theorems import proves
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.functional.rewards import RewardBatch, reward_at_end
@@ -70,6 +71,13 @@ def greedy(logits):
     return first, int(logits[1 + first].argmax())
 
 
+@pytest.mark.theorem(
+    "Advantages",
+    "The expected policy gradient of `remax`, whose greedy answer is that of the policy, is the true one, with and "
+    "without a KL in the reward (enumeration of two tokens, G = 1 and 2)",
+    paper="remax",
+    at_most=1e-12,
+)
 @pytest.mark.parametrize("in_reward", [False, True], ids=["no KL", "KL in the reward"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_expected_policy_gradient_is_the_true_one(size, in_reward):
@@ -92,4 +100,4 @@ def test_the_expected_policy_gradient_is_the_true_one(size, in_reward):
         expected = expected + probability * (advantages * torch.stack([logps[y] for y in group])).sum() / size
     (gradient,) = torch.autograd.grad(expected, logits)
     assert exact.abs().max() > 0.05
-    torch.testing.assert_close(gradient, exact, atol=1e-12, rtol=0)
+    proves(gradient, exact)
