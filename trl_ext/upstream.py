@@ -52,6 +52,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_DPO}._compute_loss": ("self", "model", "inputs", "return_outputs"),
     "trl.trainer.grpo_config.GRPOConfig.get_process_log_level": ("self",),
     "trl.trainer.dpo_config.DPOConfig.get_process_log_level": ("self",),
+    "trl.trainer.callbacks.SyncRefModelCallback.sync_target_model": ("model", "target_model", "alpha"),
     "trl.trainer.utils.is_async_callable": ("func",),
     "trl.trainer.utils.selective_log_softmax": ("logits", "index"),
     "trl.trainer.utils.use_adapter": ("model", "adapter_name"),

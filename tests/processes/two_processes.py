@@ -115,6 +115,8 @@ CASES |= {
     "step rewards of a group across processes": {**STEPS, "reward_funcs": by_step, "num_generations": 8},
     "step rewards, softmin": {**STEPS, "reward_funcs": by_step, "advantage_kwargs": {"credit": "softmin"}},
     "step and outcome rewards": {**STEPS, "reward_funcs": [by_step, some_fail], "process_weight": 0.5},
+    "PRIME with step rewards": {**STEPS, "reward_funcs": [by_step, some_fail], "advantage_estimator": "prime"},
+    "PRIME": {"advantage_estimator": "prime", "implicit_prm": {"beta": 0.5, "learning_rate": 0.02}, "lora": True},
     "step rewards in REINFORCE++": {**STEPS, "reward_funcs": by_step, "advantage_estimator": "reinforce_plus_plus"},
 }
 # Samples are scripted, greedy answers are the model's. With three rows each, both processes have the second prompt.

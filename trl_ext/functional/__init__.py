@@ -1,7 +1,8 @@
 """
 The mathematics: functions of tensors that know torch and nothing else.
 
-Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`. Everything public can be imported from here.
+Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`. Everything public can be
+imported from here.
 """
 
 from . import preference
@@ -17,10 +18,11 @@ from .advantages import (
 from .attempts import best_of_group, gpg, pass_at_k
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
 from .preference import *  # noqa: F403
-from .process_rewards import step_advantages
+from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
-from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
+from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
+from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -29,14 +31,18 @@ __all__ = [
     "KL_ESTIMATORS",
     "RewardBatch",
     "SATURATION",
+    "STEP_LABELS",
     "aggregated",
     "best_of_group",
     "clipped_value_loss",
     "explained_variance",
+    "first_error",
     "gae",
     "gpg",
     "group_mean",
     "group_relative",
+    "hard_label",
+    "implicit_reward_loss",
     "is_constant",
     "k1",
     "k2",
@@ -48,6 +54,7 @@ __all__ = [
     "length_weighted",
     "next_beta",
     "pass_at_k",
+    "prime",
     "process_group_relative",
     "reinforce",
     "reinforce_plus_plus",
@@ -56,6 +63,9 @@ __all__ = [
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",
+    "rollouts_for",
+    "search_together",
+    "soft_label",
     "step_advantages",
     "weighted_mean",
     "weighted_std",

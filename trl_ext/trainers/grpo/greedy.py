@@ -27,7 +27,7 @@ class Answers(NamedTuple):
     lengths: torch.Tensor
 
 
-class GreedyAnswers:
+class Greedy:
     """The innermost override of TRL's generation, so that a subclass that sets its own sampling cannot undo it."""
 
     model: Any
@@ -50,7 +50,7 @@ class GreedyBaseline:
     Asks the policy of a trainer for greedy answers, and has them scored.
 
     Args:
-        trainer ([`GreedyAnswers`]):
+        trainer ([`Greedy`]):
             Trainer after its construction.
         base (`type`):
             Our trainer class, whose methods a subclass may override.

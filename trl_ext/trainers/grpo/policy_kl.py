@@ -54,7 +54,7 @@ class PolicyKL(TrainerCallback):
     Measures KL(old‖new) per token in each optimizer step, and takes its gradients away once that exceeded a bound.
 
     Args:
-        trainer ([`StopsAtPolicyKL`]):
+        trainer ([`TrustRegion`]):
             Trainer after its construction.
         bound (`float`):
             In nats per trainable token.
@@ -108,7 +108,7 @@ class PolicyKL(TrainerCallback):
         return UpstreamChanged("a training step does not call _compute_loss")
 
 
-class StopsAtPolicyKL:
+class TrustRegion:
     """The override of TRL's loss in which the KL is measured; TRL's own where the option is off."""
 
     args: Any
