@@ -7,8 +7,8 @@ Worker of `test_processes.py`: trains every case and saves what this process saw
 import sys
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
+from launch import leave
 from tiny import build, logged, scripted_rollout, weights
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
@@ -102,6 +102,7 @@ CASES |= {
     f"{name} in the loss": {"kl_estimator": name, "beta": 0.1, "num_iterations": 2}
     for name in ("k1", "k2", "k3", "exact")
 }
+CASES |= {"the KL of completions": {"kl_placement": "sequence", "beta": 0.1, "num_iterations": 2}}
 CASES |= {
     "adaptive beta": {"kl_estimator": "k2", "beta": 0.1, "kl_target": 0.01, "kl_horizon": 100.0},
     "a group across processes": {"advantage_estimator": "leave_one_out", "num_generations": 8},
@@ -213,5 +214,4 @@ if __name__ == "__main__":
     model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     results = {**run(model, folder, world_size), "refused": refused(model, folder, world_size)}
     results["bounded"] = bounded(model, folder, world_size)
-    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
-    torch.distributed.destroy_process_group()
+    leave(results, folder, world_size)

@@ -16,7 +16,7 @@ from .advantages import (
     process_group_relative,
 )
 from .attempts import best_of_group, gpg, pass_at_k
-from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
+from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
 from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
@@ -48,8 +48,10 @@ __all__ = [
     "k2",
     "k3",
     "kl_in_loss",
+    "kl_of_completions",
     "lambda_advantages",
     "lambda_returns",
+    "later_kl",
     "leave_one_out",
     "length_weighted",
     "next_beta",

@@ -114,6 +114,13 @@ def test_it_is_the_kl_from_the_sampler_to_the_policy_per_trainable_token(tiny_mo
     assert logged(trainer, "policy_kl")[1][0] == pytest.approx(sum(expected) / len(expected), rel=1e-3)
 
 
+def test_shared_prefixes_stop_at_the_same_steps(tiny_model, tmp_path):
+    plain, shared = (run(tiny_model, tmp_path, policy_kl_stop=1e-3, shared_prefix=on) for on in (None, True))
+    assert logged(plain, "policy_kl/skipped") == logged(shared, "policy_kl/skipped")
+    for (ours,), (theirs,) in zip(logged(shared, "policy_kl"), logged(plain, "policy_kl"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-6)
+
+
 def test_a_window_of_several_micro_batches_is_skipped_as_a_whole(tiny_model, tmp_path):
     options = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2}
     trainer = run(tiny_model, tmp_path, policy_kl_stop=1e-6, **options)

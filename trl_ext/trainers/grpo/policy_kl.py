@@ -77,10 +77,11 @@ class PolicyKL(TrainerCallback):
 
         with watching(self.trainer, "_get_per_token_logps_and_entropies", computed):
             yield
-        if "old_per_token_logps" not in inputs or not seen:
-            raise UpstreamChanged("_compute_loss has no log-probs of the policy that sampled, or of the policy")
+        if not seen:
+            raise UpstreamChanged("_compute_loss takes no log-probs of the policy")
+        old = inputs.get("old_per_token_logps")  # None: the policy has not moved since it sampled
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-        kl = k3(inputs["old_per_token_logps"], seen[-1]).where(mask, 0.0)  # tokens are of the old policy
+        kl = k3(seen[-1] if old is None else old, seen[-1]).where(mask, 0.0)  # tokens are of the old policy
         sums = torch.stack([kl.sum(), mask.sum().to(kl)])
         self._sums = sums if self._sums is None else self._sums + sums
 
