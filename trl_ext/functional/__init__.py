@@ -15,13 +15,14 @@ from .advantages import (
     length_weighted,
     process_group_relative,
 )
+from .attempts import best_of_group, gpg, pass_at_k
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
 from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
 from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
-from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -32,10 +33,12 @@ __all__ = [
     "SATURATION",
     "STEP_LABELS",
     "aggregated",
+    "best_of_group",
     "clipped_value_loss",
     "explained_variance",
     "first_error",
     "gae",
+    "gpg",
     "group_mean",
     "group_relative",
     "hard_label",
@@ -52,11 +55,13 @@ __all__ = [
     "leave_one_out",
     "length_weighted",
     "next_beta",
+    "pass_at_k",
     "prime",
     "process_group_relative",
     "reinforce",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "remax",
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",
