@@ -15,6 +15,7 @@ from .advantages import (
     length_weighted,
     process_group_relative,
 )
+from .attempts import best_of_group, gpg, pass_at_k
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
 from .process_rewards import implicit_reward_loss, step_advantages
@@ -31,7 +32,7 @@ from .step_objectives import (
     squared_error,
     step_cross_entropy,
 )
-from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -44,12 +45,14 @@ __all__ = [
     "STEP_OBJECTIVES",
     "StepObjective",
     "aggregated",
+    "best_of_group",
     "classification_metrics",
     "classification_sums",
     "clipped_value_loss",
     "explained_variance",
     "first_error",
     "gae",
+    "gpg",
     "group_mean",
     "group_relative",
     "hard_label",
@@ -66,6 +69,7 @@ __all__ = [
     "leave_one_out",
     "length_weighted",
     "next_beta",
+    "pass_at_k",
     "prime",
     "process_group_relative",
     "regression_metrics",
@@ -73,6 +77,7 @@ __all__ = [
     "reinforce",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "remax",
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",
