@@ -38,6 +38,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_GRPO}._get_train_sampler": ("self", "dataset"),
     f"{_GRPO}._generate_and_score_completions": ("self", "inputs"),
     f"{_GRPO}._generate": ("self", "prompts"),
+    f"{_GRPO}._generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "num_generations"),
     f"{_GRPO}._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     f"{_GRPO}._get_per_token_logps_and_entropies": (
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
