@@ -9,12 +9,14 @@ from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.kto import KTOConfig
 from trl_ext.trainers.ppo import PPOConfig
+from trl_ext.trainers.prm import PRMConfig
 
 KINDS = {
     "grpo": (GRPOScriptArguments, GRPOConfig),
     "dpo": (ScriptArguments, DPOConfig),
     "kto": (ScriptArguments, KTOConfig),
     "ppo": (GRPOScriptArguments, PPOConfig),
+    "prm": (ScriptArguments, PRMConfig),
 }
 ON_THIS_MACHINE = {"bf16": False, "use_cpu": True}
 

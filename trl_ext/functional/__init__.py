@@ -1,8 +1,8 @@
 """
 The mathematics: functions of tensors that know torch and nothing else.
 
-Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`. Everything public can be
-imported from here.
+Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`, `STEP_OBJECTIVES`. Everything
+public can be imported from here.
 """
 
 from . import preference
@@ -15,13 +15,24 @@ from .advantages import (
     length_weighted,
     process_group_relative,
 )
+from .attempts import best_of_group, gpg, pass_at_k
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
 from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
 from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
-from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+from .step_objectives import (
+    STEP_OBJECTIVES,
+    StepObjective,
+    classification_metrics,
+    classification_sums,
+    regression_metrics,
+    regression_sums,
+    squared_error,
+    step_cross_entropy,
+)
+from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -31,11 +42,17 @@ __all__ = [
     "RewardBatch",
     "SATURATION",
     "STEP_LABELS",
+    "STEP_OBJECTIVES",
+    "StepObjective",
     "aggregated",
+    "best_of_group",
+    "classification_metrics",
+    "classification_sums",
     "clipped_value_loss",
     "explained_variance",
     "first_error",
     "gae",
+    "gpg",
     "group_mean",
     "group_relative",
     "hard_label",
@@ -52,18 +69,24 @@ __all__ = [
     "leave_one_out",
     "length_weighted",
     "next_beta",
+    "pass_at_k",
     "prime",
     "process_group_relative",
+    "regression_metrics",
+    "regression_sums",
     "reinforce",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "remax",
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",
     "rollouts_for",
     "search_together",
     "soft_label",
+    "squared_error",
     "step_advantages",
+    "step_cross_entropy",
     "weighted_mean",
     "weighted_std",
     "whiten",
