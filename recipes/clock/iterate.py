@@ -1,7 +1,7 @@
 """
 GRPO in rounds, as DeepSeekMath's algorithm 1 has it, on the hard clock task with a learned process-reward model.
 
-    python -m recipes.clock.iterate [--rounds 3] [--steps 50] [--seed 1] [--output outputs/iterate]
+    python -m recipes.clock.iterate [--rounds 3] [--steps 40] [--seed 1] [--output outputs/iterate]
 
 Each round: the reference becomes the policy; GRPO goes on for some steps with the reward model of the round before;
 the new policy's answers are sampled and their lines verified; the reward model learns from them, with a tenth of
@@ -106,7 +106,7 @@ def play_round(number: int, output: Path, args: argparse.Namespace) -> dict:
     old = [row for n in range(number) for row in json.loads((output / f"round_{n}/rows.json").read_text())]
     replay = random.Random(seed).sample(old, min(len(old), int(REPLAYED / (1 - REPLAYED) * len(rows))))
     # A new head needs the large rate; a trained one must not forget.
-    train_prm(prms[-1], rows + replay, folder / "prm", *((150, 1e-3) if number else (600, 5e-3)), seed)
+    train_prm(prms[-1], rows + replay, folder / "prm", *((150, 1e-3) if number else (400, 5e-3)), seed)
     test = read_rows(HARD / "data/test.jsonl")
     answers = write_completions(model, tokenizer, test, do_sample=True)
     found |= {kind: accuracy(model, tokenizer, test, do_sample=kind == "sampled") for kind in ("greedy", "sampled")}
@@ -119,7 +119,7 @@ def play_round(number: int, output: Path, args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Iterative GRPO with a reward model that learns between the rounds.")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of GRPO")
-    parser.add_argument("--steps", type=int, default=50, help="optimiser steps of each")
+    parser.add_argument("--steps", type=int, default=40, help="optimiser steps of each")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything")
     parser.add_argument("--output", type=Path, default=Path("outputs/iterate"), help="folder to write")
     args = parser.parse_args()
