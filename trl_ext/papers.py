@@ -282,4 +282,49 @@ PAPERS: dict[str, Paper] = {
         2025,
         "2512.02556",
     ),
+    "rft": Paper(
+        "yuan2023scaling",
+        "Scaling Relationship on Learning Mathematical Reasoning with Large Language Models",
+        "Zheng Yuan and Hongyi Yuan and Chengpeng Li and Guanting Dong and Keming Lu and Chuanqi Tan and Chang Zhou "
+        "and Jingren Zhou",
+        2023,
+        "2308.01825",
+    ),
+    "self_consistency": Paper(
+        "wang2022selfconsistency",
+        "Self-Consistency Improves Chain of Thought Reasoning in Language Models",
+        "Xuezhi Wang and Jason Wei and Dale Schuurmans and Quoc Le and Ed Chi and Sharan Narang and Aakanksha "
+        "Chowdhery and Denny Zhou",
+        2022,
+        "2203.11171",
+    ),
+    "weighted_vote": Paper(
+        "li2022making",
+        "Making Large Language Models Better Reasoners with Step-Aware Verifier",
+        "Yifei Li and Zeqi Lin and Shizhuo Zhang and Qiang Fu and Bei Chen and Jian-Guang Lou and Weizhu Chen",
+        2022,
+        "2206.02336",
+    ),
+    "lets_verify": Paper(
+        "lightman2023lets",
+        "Let's Verify Step by Step",
+        "Hunter Lightman and Vineet Kosaraju and Yura Burda and Harri Edwards and Bowen Baker and Teddy Lee and Jan "
+        "Leike and John Schulman and Ilya Sutskever and Karl Cobbe",
+        2023,
+        "2305.20050",
+    ),
+    "test_time_compute": Paper(
+        "snell2024scaling",
+        "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model Parameters",
+        "Charlie Snell and Jaehoon Lee and Kelvin Xu and Aviral Kumar",
+        2024,
+        "2408.03314",
+    ),
+    "pass_at_k": Paper(
+        "chen2021evaluating",
+        "Evaluating Large Language Models Trained on Code",
+        "Mark Chen and Jerry Tworek and Heewoo Jun and Qiming Yuan and others",
+        2021,
+        "2107.03374",
+    ),
 }

@@ -19,6 +19,7 @@ from .preference import *  # noqa: F403
 from .process_rewards import step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
+from .selection import accepted, aggregate, best_of_n, majority_vote, pass_at_k, weighted_vote
 from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
@@ -28,7 +29,10 @@ __all__ = [
     "KL_ESTIMATORS",
     "RewardBatch",
     "SATURATION",
+    "accepted",
+    "aggregate",
     "aggregated",
+    "best_of_n",
     "clipped_value_loss",
     "explained_variance",
     "gae",
@@ -43,7 +47,9 @@ __all__ = [
     "lambda_returns",
     "leave_one_out",
     "length_weighted",
+    "majority_vote",
     "next_beta",
+    "pass_at_k",
     "process_group_relative",
     "reinforce",
     "reinforce_plus_plus",
@@ -54,6 +60,7 @@ __all__ = [
     "step_advantages",
     "weighted_mean",
     "weighted_std",
+    "weighted_vote",
     "whiten",
     *preference.__all__,
 ]
