@@ -37,14 +37,15 @@ def main() -> None:
 
 def _is_refusal(error: ValueError) -> bool:
     """
-    Whether we refuse, before the first step, what `trl-ext` was given: in a script of TRL's nothing of the user's is
-    in the traceback. In any other script the traceback shows the user's line.
+    Whether we refuse, before the first step, what `trl-ext` was given: in a script of TRL's, or of ours, nothing of
+    the user's is in the traceback. In any other script the traceback shows the user's line.
     """
     frames = traceback.extract_tb(error.__traceback__)
     last, package = frames[-1], os.path.join(os.path.dirname(__file__), "")
     raised_by_us = last.filename.startswith(package) and (last.line or "").startswith("raise ")  # and no bug of ours
-    in_trls_script = os.path.dirname(os.path.realpath(sys.argv[0])).endswith(os.path.join("trl", "scripts"))
-    return raised_by_us and in_trls_script and all(frame.name != "_inner_training_loop" for frame in frames)
+    folders = tuple(os.path.join(os.sep, name, "scripts") for name in ("trl", "trl_ext"))
+    in_a_script = os.path.dirname(os.path.realpath(sys.argv[0])).endswith(folders)
+    return raised_by_us and in_a_script and all(frame.name != "_inner_training_loop" for frame in frames)
 
 
 def _run_script(name: str) -> None:

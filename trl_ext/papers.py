@@ -132,6 +132,14 @@ PAPERS: dict[str, Paper] = {
         2023,
         "2312.08935",
     ),
+    "omegaprm": Paper(
+        "luo2024improve",
+        "Improve Mathematical Reasoning in Language Models by Automated Process Supervision",
+        "Liangchen Luo and Yinxiao Liu and Rosanne Liu and Samrat Phatale and Meiqi Guo and Harsh Lara and Yunxuan Li "
+        "and Lei Shu and Yun Zhu and Lei Meng and Jiao Sun and Abhinav Rastogi",
+        2024,
+        "2406.06592",
+    ),
     "qwen_math_prm": Paper(
         "zhang2025lessons",
         "The Lessons of Developing Process Reward Models in Mathematical Reasoning",

@@ -3,6 +3,7 @@
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
+from trl_ext.labels import LabelStepsConfig
 from trl_ext.lookup import import_path
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
@@ -18,6 +19,10 @@ ON_THIS_MACHINE = {"bf16": False, "use_cpu": True}
 
 def read_options(command, options):
     """The config that `trl-ext <command>` makes of them, its reward functions imported."""
+    if command == "label-steps":  # no trainer: its options are all there is
+        parser = TrlParser((LabelStepsConfig,))
+        assert parser.set_defaults_with_config(**options) == []
+        return parser.parse_args_into_dataclasses(args=[])[0]
     script_arguments, config_class = KINDS[command]
     parser = TrlParser((script_arguments, config_class, ModelConfig, DatasetMixtureConfig))
     assert parser.set_defaults_with_config(**options | ON_THIS_MACHINE) == []

@@ -3,7 +3,7 @@ The code in the pages is run: Python and YAML in the order of a page, with one n
 
 In a page, `<!-- invisible-code-block: python … -->` holds set-up and assertions that a reader does not need,
 `<!-- skip: next "why" -->` leaves the next block out, and `<!-- slow: next "why" -->` leaves a shell block to
-`pytest -m ''`. Lines that read a YAML file train for one step. What is written stays in a temporary folder.
+`pytest -m ''`. Lines that read a YAML file train for one step, or label answers to one prompt. What is written stays in a temporary folder.
 A Python block that begins with the comment `# name.py` is written to that file as well.
 """
 
@@ -31,7 +31,12 @@ NOT_HERE = ("pip ",)  # commands that are left out of a line: installing is the 
 
 # How many blocks of a page are left out, and how many are left to `pytest -m ''`. A new one is a decision, taken here.
 SKIPPED = {"CONTRIBUTING.md": 3, "README.md": 1}
-SLOW = {"docs/methods/preference.md": 1, "docs/methods/process_rewards.md": 1, "docs/quantization.md": 1}
+SLOW = {
+    "docs/methods/preference.md": 1,
+    "docs/methods/process_rewards.md": 1,
+    "docs/methods/reward_models.md": 1,
+    "docs/quantization.md": 1,
+}
 
 
 def run_python(example):
@@ -42,7 +47,8 @@ def run_python(example):
 
 def run_yaml(example):
     options = yaml.safe_load(example.parsed)
-    read_options("dpo" if isinstance(options.get("loss_type"), list) else "grpo", options)
+    of_trl = "dpo" if isinstance(options.get("loss_type"), list) else "grpo"
+    read_options("label-steps" if "verifier" in options else of_trl, options)
 
 
 def left_to_the_other_test(example):
@@ -125,7 +131,7 @@ def test_the_lines_of_a_shell_block_run(lines, root):
             if command.strip().startswith(NOT_HERE):
                 continue
             if "--config" in command:
-                command += " --max_steps 1"
+                command += " --limit 1" if "label-steps" in command else " --max_steps 1"
             done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=500)
             assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
             ran += 1

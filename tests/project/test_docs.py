@@ -98,7 +98,7 @@ def test_a_recipe_parses_without_unknown_keys(path, monkeypatch):
 
 
 def command_of(recipe):
-    return re.search(rf"trl-ext (\w+) --config recipes/{recipe.name}", recipe.read_text())[1]
+    return re.search(rf"trl-ext ([\w-]+) --config recipes/{recipe.name}", recipe.read_text())[1]
 
 
 def in_code(cell):
@@ -115,6 +115,8 @@ def test_the_row_of_a_recipe_is_true(path):
     if command_of(path) == "dpo":
         names, also = options["loss_type"], {"trl-ext dpo"}
         title = PREFERENCE_LOSSES[names[0]].method
+    elif command_of(path) == "label-steps":
+        names, also, title = [options.get("search", "all")], {"trl-ext label-steps"}, "Labels of steps"
     elif command_of(path) == "ppo":
         names, also = ["gae"], {"trl-ext ppo"}
         title = ADVANTAGE_ESTIMATORS["gae"].method
@@ -124,7 +126,8 @@ def test_the_row_of_a_recipe_is_true(path):
     assert method.startswith(f"{title} (`{names[0]}`)") and in_code(method) == {*names} | also
 
     scorer = options.get("process_reward_model")
-    assert in_code(model) == {options["model_name_or_path"]} | ({scorer["model"]} if scorer else set())
+    further = {*filter(None, [options.get("completer"), scorer and scorer["model"]])}
+    assert in_code(model) == {options["model_name_or_path"]} | further
     assert ("LoRA" in model) == options.get("use_peft", False)
     assert ("4-bit" in model) == (options.get("load_in_4bit", False) or bool(scorer and scorer.get("load_in_4bit")))
     assert in_code(data) == {options["dataset_name"]}

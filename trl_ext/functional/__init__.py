@@ -1,7 +1,8 @@
 """
 The mathematics: functions of tensors that know torch and nothing else.
 
-Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`. Everything public can be imported from here.
+Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`. Everything public can be
+imported from here.
 """
 
 from . import preference
@@ -20,6 +21,7 @@ from .process_rewards import step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
 from .selection import accepted, aggregate, best_of_n, majority_vote, pass_at_k, weighted_vote
+from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
 from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
@@ -29,15 +31,18 @@ __all__ = [
     "KL_ESTIMATORS",
     "RewardBatch",
     "SATURATION",
+    "STEP_LABELS",
     "accepted",
     "aggregate",
     "aggregated",
     "best_of_n",
     "clipped_value_loss",
     "explained_variance",
+    "first_error",
     "gae",
     "group_mean",
     "group_relative",
+    "hard_label",
     "is_constant",
     "k1",
     "k2",
@@ -57,6 +62,9 @@ __all__ = [
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",
+    "rollouts_for",
+    "search_together",
+    "soft_label",
     "step_advantages",
     "weighted_mean",
     "weighted_std",
