@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.clock.accuracy import HardAccuracyReport, read_rows
 from recipes.clock.task import outcome_reward, written_result
 from trl_ext.functional import aggregate, best_of_n, majority_vote, weighted_vote
-from trl_ext.labels.sampling import TransformersSampler
+from trl_ext.labels.sampling import Sampler, TransformersSampler
 from trl_ext.rewards import ProcessRewardModel
 from trl_ext.trainers.grpo.separators import decode
 from trl_ext.trainers.grpo.steps import StepCuts
@@ -31,9 +31,6 @@ AGGREGATES = ("min", "prod", "last", "mean")
 SEPARATOR = "\n"  # of steps
 LONGEST = 64  # tokens of an answer
 BATCH_SIZE = 1024
-
-
-Sampler = Callable[[list[list[int]], list[int], list[int]], list[list[list[int]]]]
 
 
 def tokens_with(tokenizer: Any, separator: str) -> list[int]:
@@ -77,8 +74,8 @@ def beam_search(
     Args:
         prompts (`list[list[int]]`):
             Token ids of the prompts.
-        sample_step (`Callable`):
-            `(prefixes, n, budgets)` to `n` next steps of each prefix, as tokens.
+        sample_step ([`Sampler`]):
+            `(prefixes, n, budgets)` to `n[i]` next steps of prefix `i`, as tokens.
         score (`Callable`):
             `(prompt, ids)`, the place of the prompt of each beginning and its tokens, to scores; larger is better, and
             NaN is worse than any.
@@ -93,7 +90,12 @@ def beam_search(
 
     Returns:
         `list[list[Beam]]`: Finished answers to each prompt, the best first.
+
+    Raises:
+        `ValueError`: If `beams`, `expansions` or `longest` is below 1.
     """
+    if min(beams, expansions, longest) < 1:
+        raise ValueError(f"beams, expansions and longest must be at least 1, got {beams}, {expansions}, {longest}.")
     kept = [[Beam()] for _ in prompts]
     first = True
     while open_beams := [(i, beam) for i, pool in enumerate(kept) for beam in pool if not beam.finished]:

@@ -1,10 +1,11 @@
 """YAML options read as the command line reads them: a key that the command does not know is an error."""
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_ext.labels import LabelStepsConfig
 from trl_ext.lookup import import_path
+from trl_ext.rejection_sampling import RejectionSamplingConfig
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.ppo import PPOConfig
@@ -13,14 +14,16 @@ KINDS = {
     "grpo": (GRPOScriptArguments, GRPOConfig),
     "dpo": (ScriptArguments, DPOConfig),
     "ppo": (GRPOScriptArguments, PPOConfig),
+    "sft": (ScriptArguments, SFTConfig),
 }
+WITHOUT_TRAINER = {"label-steps": LabelStepsConfig, "rejection-sampling": RejectionSamplingConfig}
 ON_THIS_MACHINE = {"bf16": False, "use_cpu": True}
 
 
 def read_options(command, options):
     """The config that `trl-ext <command>` makes of them, its reward functions imported."""
-    if command == "label-steps":  # no trainer: its options are all there is
-        parser = TrlParser((LabelStepsConfig,))
+    if command in WITHOUT_TRAINER:  # its options are all there is
+        parser = TrlParser((WITHOUT_TRAINER[command],))
         assert parser.set_defaults_with_config(**options) == []
         return parser.parse_args_into_dataclasses(args=[])[0]
     script_arguments, config_class = KINDS[command]

@@ -117,6 +117,8 @@ def test_the_row_of_a_recipe_is_true(path):
         title = PREFERENCE_LOSSES[names[0]].method
     elif command_of(path) == "label-steps":
         names, also, title = [options.get("search", "all")], {"trl-ext label-steps"}, "Labels of steps"
+    elif command_of(path) in ("rejection-sampling", "sft"):
+        names, also, title = ["accepted"], {f"trl-ext {command_of(path)}"}, "RFT"
     elif command_of(path) == "ppo":
         names, also = ["gae"], {"trl-ext ppo"}
         title = ADVANTAGE_ESTIMATORS["gae"].method

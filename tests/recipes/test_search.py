@@ -146,6 +146,12 @@ def test_equal_beginnings_are_scored_once_and_each_is_a_beam():
     assert len(scored) == len({*scored}) == 4
 
 
+@pytest.mark.parametrize("widths", [(0, 4, 64), (4, 0, 64), (4, 4, 0)])
+def test_a_search_of_nothing_is_refused(widths):
+    with pytest.raises(ValueError, match="must be at least 1, got"):
+        beam_search(PROMPTS, in_turn(depth_three), by_hash, END, *widths)
+
+
 # With the model and the data of the recipe
 
 
