@@ -19,7 +19,9 @@ from .labels.run import work_through
 from .trainers.grpo.separators import decode
 from .trainers.input_checks import require_columns
 
-_READ_ALWAYS = ("dataset_name", "dataset_config", "dataset_train_split", "output_dir", "answers_per_prompt")
+# Options that are read without a model too.
+_WITHOUT_MODEL = {"dataset_name", "dataset_config", "dataset_train_split", "output_dir"}
+_WITHOUT_MODEL |= {"answers_per_prompt", "chat_template_kwargs"}
 
 
 @dataclass(kw_only=True)
@@ -61,10 +63,7 @@ class RejectionSamplingConfig(SamplingConfig):
         if self.model_name_or_path is not None:
             return super().__post_init__()
         for option in fields(self):
-            if (
-                option.name not in (*_READ_ALWAYS, "chat_template_kwargs")
-                and getattr(self, option.name) != option.default
-            ):
+            if option.name not in _WITHOUT_MODEL and getattr(self, option.name) != option.default:
                 raise ValueError(
                     f"{option.name} is read only with model_name_or_path; without it, dataset_name holds answers that "
                     "were sampled and verified. Set that too, or remove it."
