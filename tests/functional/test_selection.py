@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from theorems import proves
 
 from trl_ext.functional import accepted, aggregate, best_of_n, majority_vote, pass_at_k, weighted_vote
 
@@ -148,22 +149,34 @@ def test_pass_at_k_worked_by_hand():
     assert pass_at_k(5, 2, 3) == 0.9  # of the 10 triples of 5 samples only one has none of the 2 right ones
 
 
+@pytest.mark.theorem(
+    "Selection",
+    "`pass_at_k` is the share of the subsets of k samples that hold a right one (enumeration, n ≤ 7)",
+    paper="pass_at_k",
+    at_most=0.0,
+)
 @pytest.mark.parametrize("n", range(1, 8))
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n):
     for c in range(n + 1):
         right = [i < c for i in range(n)]
         for k in range(1, n + 1):
             subsets = [any(subset) for subset in itertools.combinations(right, k)]
-            assert pass_at_k(n, c, k) == float(Fraction(sum(subsets), len(subsets)))
+            proves(pass_at_k(n, c, k), float(Fraction(sum(subsets), len(subsets))))
 
 
+@pytest.mark.theorem(
+    "Selection",
+    "The expectation of `pass_at_k` over independent samples is 1 − (1 − p)^k (enumeration)",
+    paper="pass_at_k",
+    at_most=1e-14,
+)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (4, 1), (4, 3), (6, 6), (9, 4)])
 @pytest.mark.parametrize("p", [Fraction(0), Fraction(1, 10), Fraction(2, 3), Fraction(1)])
 def test_pass_at_k_is_unbiased(n, k, p):
     """Over all numbers of right ones of n independent samples, exactly."""
     weights = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
     expected = sum(float(weight) * pass_at_k(n, c, k) for c, weight in enumerate(weights))
-    assert expected == pytest.approx(float(1 - (1 - p) ** k), abs=1e-14)
+    proves(expected, float(1 - (1 - p) ** k))
 
 
 @some
