@@ -1,7 +1,7 @@
 """
 Build the clock task's tokenizer, base model and data from nothing, in less than a minute on one CPU core.
 
-    python -m recipes.clock.build [--output DIR] [--base easy|hard|right] [--seed 0]
+    python -m recipes.clock.build [--output DIR] [--base easy|hard] [--seed 0]
 
 The base model is pre-trained on answers that contain mistakes, so that it is right only sometimes: the rest is for
 reinforcement learning to do. The `easy` base is shipped in `model` and its data in `data`.
@@ -113,14 +113,14 @@ def training_batch(tokenizer, rng: random.Random, base: Base, num_moves: int) ->
     return {"input_ids": input_ids, "labels": labels}
 
 
-def pretrain(model, tokenizer, base: Base, curriculum: list[tuple[int, int]], rng: random.Random) -> None:
-    """Train `model` in place on flawed answers, over stages of so many steps on problems of 1 to so many moves."""
+def pretrain(model, tokenizer, base: Base, curriculum: list[tuple[int, int]], rng: random.Random, fewest=1) -> None:
+    """Train `model` in place on flawed answers, over stages of so many steps on problems of up to so many moves."""
     steps = [max_moves for num_steps, max_moves in curriculum for _ in range(num_steps)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=len(steps), pct_start=0.1)
     model.train()
     for step, max_moves in enumerate(steps, start=1):
-        batch = training_batch(tokenizer, rng, base, rng.randint(1, max_moves))
+        batch = training_batch(tokenizer, rng, base, rng.randint(fewest, max_moves))
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -170,7 +170,7 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     rng = random.Random(f"pre-training {args.seed}")
-    pretrain(model, tokenizer, BASES["right" if args.base == "right" else "easy"], CURRICULUM, rng)
+    pretrain(model, tokenizer, BASES["easy"], CURRICULUM, rng)
     if args.base != "easy":  # arithmetic is hardly learnt from answers with many slips, so these come second
         pretrain(model, tokenizer, base, SECOND_CURRICULUM, rng)
     model.save_pretrained(output / "model")
@@ -188,7 +188,6 @@ def main() -> None:
 BASES = {
     "easy": Base(miscarry=0.6, slip=0.05, num_moves=6),
     "hard": Base(miscarry=0.6, slip=0.36, num_moves=8),
-    "right": Base(miscarry=0.0, slip=0.0, num_moves=8),  # a completer for labels of steps; it is not shipped
 }
 
 

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_ext
 from trl_ext import cli
+from trl_ext.__main__ import main as worker
+from trl_ext.cli.interrupted import how_to_go_on
 from trl_ext.labels import LabelStepsConfig, label_steps
 from trl_ext.labels import run as run_module
 
@@ -83,20 +85,42 @@ def test_a_run_that_was_killed_ends_with_the_bytes_of_one_that_was_not(given, se
     assert label(config, "killed") == whole
 
 
-def test_two_processes_write_the_bytes_of_one_and_the_command_refuses_another_run(given):
+def test_two_processes_write_the_bytes_of_one(given):
     whole = label(given, "one")
     Path("run.yaml").write_text(yaml.safe_dump({**given, "output_dir": "two"}))
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trl_ext"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    words = ["trl_ext.cli", "label-steps", "--config", "run.yaml"]
-    launch = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    done = subprocess.run(command(*words, *launch), env=environment, capture_output=True, text=True, timeout=500)
+    words = command(*launcher, SCRIPT, "--config", "run.yaml")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-6000:]
     assert Path("two/train.jsonl").read_bytes() == whole
     assert "right" in done.stderr and "tokens/s" in done.stderr and "Labelled answers to 7 prompts" in done.stderr
-    words = ["trl_ext", SCRIPT, "--config", "run.yaml", "--seed", "1"]
-    again = subprocess.run(command(*words), env=environment, capture_output=True, text=True)
-    assert again.returncode == 2 and "Traceback" not in again.stderr
-    assert "two was labelled with seed=0, got 1; choose another output_dir, or delete it." in again.stderr
+
+
+def test_the_command_starts_its_script_in_the_workers(given, monkeypatch):
+    started = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", started.append)
+    Path("run.yaml").write_text(yaml.safe_dump({**given, "output_dir": "out"}))
+    words = ["--multi_gpu", "--num_processes", "2"]
+    assert cli.main(["label-steps", "--config", "run.yaml", "--limit", "1", *words]) == 0
+    (args,) = started
+    assert (args.multi_gpu, args.num_processes) == (True, 2)
+    assert args.training_script == "trl_ext" and args.module
+    assert args.training_script_args == [SCRIPT, "--config", "run.yaml", "--limit", "1"]
+    assert "trl.scripts.label-steps" not in sys.modules
+
+
+def test_a_worker_refuses_in_one_sentence_and_with_status_2(given, monkeypatch, capsys):
+    label(given, "out", limit=1)
+    Path("run.yaml").write_text(yaml.safe_dump({**given, "output_dir": "out", "limit": 1}))
+    monkeypatch.setattr(sys, "argv", ["trl_ext", SCRIPT, "--config", "run.yaml", "--seed", "1"])
+    for owner, name in ((sys, "excepthook"), (sys, "path")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    with pytest.raises(SystemExit) as ended:
+        worker()
+    sentence = "out was labelled with seed=0, got 1; choose another output_dir, or delete it."
+    assert ended.value.code == 2 and f"trl-ext: error: {sentence}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -112,6 +136,15 @@ def test_mistakes_at_the_command_line_are_said_before_a_worker_starts(given, cap
     Path("run.yaml").write_text(yaml.safe_dump({**given, "output_dir": "out"}))
     assert cli.main(["label-steps", "--config", "run.yaml", *words]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_after_ctrl_c_the_same_words_go_on():
+    words = ["label-steps", "--config", "my run.yaml"]
+    assert how_to_go_on(words, "out", patience=0).splitlines() == [
+        "trl-ext: stopped.",
+        "The chunks that are finished are in out.",
+        "To go on: trl-ext label-steps --config 'my run.yaml'",
+    ]
 
 
 # Folders
@@ -232,7 +265,7 @@ def fake_vllm(calls):
             calls.append([*zip(prompts, sampling_params, strict=True)])
             outputs = []
             for params in sampling_params:
-                tokens = [2 + (params.seed + j) % 19 for j in range(params.max_tokens)]
+                tokens = [3 if j % 3 else 4 + params.seed % 17 for j in range(params.max_tokens)]
                 outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=(*tokens,))] * params.n))
             return outputs
 
@@ -246,7 +279,7 @@ def test_vllm_is_given_token_ids_budgets_and_seeds(given, monkeypatch):
     made, first, rolled, second, *_ = calls
     assert made["model"] == given["model_name_or_path"] and made["generation_config"] == "vllm"
     assert made["gpu_memory_utilization"] == 0.9
-    ((prompt, params),) = first
+    [(prompt, params)] = first
     tokenizer = AutoTokenizer.from_pretrained(given["model_name_or_path"])
     assert prompt == {"prompt_token_ids": tokenizer(PROMPTS[0])["input_ids"]}
     assert (params.n, params.max_tokens, params.temperature, params.top_p) == (3, 10, 0.7, 0.9)
@@ -256,5 +289,5 @@ def test_vllm_is_given_token_ids_budgets_and_seeds(given, monkeypatch):
     seeds = [params.seed for call in calls[1:] for _, params in call]
     assert len({*seeds}) == len(seeds) and second is not rolled
     assert label(given, "again", limit=2, backend="vllm", temperature=0.7, top_p=0.9, chunk_size=1) == whole
-    with pytest.raises(ValueError, match="batch_size is not read with backend='vllm'"):
+    with pytest.raises(ValueError, match="batch_size is read with backend='transformers' alone"):
         label(given, "batch", backend="vllm", batch_size=8)

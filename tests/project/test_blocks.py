@@ -35,7 +35,7 @@ SKIPPED = {"CONTRIBUTING.md": 3, "README.md": 1}
 SLOW = {
     "docs/methods/preference.md": 1,
     "docs/methods/process_rewards.md": 1,
-    "docs/methods/reward_models.md": 1,
+    "docs/methods/reward_models.md": 2,
     "docs/quantization.md": 1,
 }
 
