@@ -4,8 +4,10 @@ Choose among sampled answers with a process-reward model, and search with it ste
     python -m recipes.clock.search PRM_DIR [PRM_DIR ...] [--seed 0] [--output outputs/search]
 
 Measures, on the held-out prompts, one sample, the majority and the weighted vote, the best of n by each aggregate of
-the step scores, the share of prompts with any right sample (the ceiling of a choice), and a beam search over steps
-that samples as much. Prints a table, writes the numbers to `OUTPUT/search.json` and draws `OUTPUT/search.png`.
+the step scores, and a beam search over steps that samples as much; and two ceilings of a choice: the share of prompts
+with any right sample, and with any whose every line is right. Of the hard base's right results most are luck, since
+there are ten digits, and a judge of steps does not choose them. Prints a table, writes the numbers to
+`OUTPUT/search.json` and draws `OUTPUT/search.png`.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.clock.accuracy import HardAccuracyReport, read_rows
-from recipes.clock.task import outcome_reward, written_result
+from recipes.clock.task import outcome_reward, process_reward, written_result
 from trl_ext.functional import aggregate, best_of_n, majority_vote, weighted_vote
 from trl_ext.labels.sampling import Sampler, TransformersSampler
 from trl_ext.rewards import ProcessRewardModel
@@ -31,6 +33,7 @@ AGGREGATES = ("min", "prod", "last", "mean")
 SEPARATOR = "\n"  # of steps
 LONGEST = 64  # tokens of an answer
 BATCH_SIZE = 1024
+Judge = Callable[[list, list[list[str]]], list[list[float | None]]]  # a `ProcessRewardModel`: (prompts, steps)
 
 
 def tokens_with(tokenizer: Any, separator: str) -> list[int]:
@@ -157,17 +160,17 @@ class Selection:
         """1.0 for each right answer to the prompt at its place."""
         return outcome_reward([self.prompts[i] for i in places], self.texts(answers))
 
-    def step_scores(self, prm: ProcessRewardModel, places: list[int], answers: list[tuple[int, ...]]) -> list[list]:
+    def step_scores(self, judge: Judge, places: list[int], answers: list[tuple[int, ...]]) -> list[list]:
         """Scores of the steps of each answer."""
         cuts = StepCuts([*map(list, answers)], None, self.tokenizer, SEPARATOR)
-        return prm([self.prompts[i] for i in places], cuts.texts)
+        return judge([self.prompts[i] for i in places], cuts.texts)
 
-    def search(self, prm: ProcessRewardModel, how: str, beams: int, expansions: int) -> dict[str, float]:
+    def search(self, judge: Judge, how: str, beams: int, expansions: int) -> dict[str, float]:
         """Accuracy of the best answers of a beam search, and the tokens that it samples per prompt."""
         sample_step = self.sampler(tokens_with(self.tokenizer, SEPARATOR))
 
         def score(places: list[int], answers: list[tuple[int, ...]]) -> list[float]:
-            return [aggregate(scores, how) for scores in self.step_scores(prm, places, answers)]
+            return [aggregate(scores, how) for scores in self.step_scores(judge, places, answers)]
 
         eos = self.tokenizer.eos_token_id
         found = beam_search(self.prompt_ids, sample_step, score, eos, beams, expansions)
@@ -175,18 +178,27 @@ class Selection:
         return {"accuracy": sum(right) / len(right), "tokens": sample_step.tokens / len(right)}
 
 
-def choices(texts: list[str], right: list[float], step_scores: list[list], size: int) -> dict[str, float]:
+def program(prompts: list, steps: list[list[str]]) -> list[list[float]]:
+    """A judge that makes no mistake."""
+    return process_reward(prompts, [None] * len(prompts), steps)
+
+
+def choices(
+    texts: list[str], right: list[float], clean: list[bool], step_scores: list[list], size: int
+) -> dict[str, float]:
     """
     Accuracy of each way to choose among `size` answers to a prompt, over all disjoint groups of so many.
 
     Args:
-        texts, right, step_scores:
-            Of the answers; those to one prompt side by side, a multiple of `size`.
+        texts, right, clean, step_scores:
+            Of the answers, `clean` being the right ones without a wrong step; the answers to one prompt side by
+            side, a multiple of `size`.
         size (`int`):
             Answers to choose from.
 
     Returns:
-        `dict[str, float]`: Shares of groups from which a right answer is chosen; `"any"` where there is one.
+        `dict[str, float]`: Shares of groups from which a right answer is chosen; `"any"` where there is one, and
+        `"any clean"` where there is one without a wrong step.
     """
     groups = [slice(start, start + size) for start in range(0, len(texts), size)]
     results = [*map(written_result, texts)]
@@ -203,23 +215,26 @@ def choices(texts: list[str], right: list[float], step_scores: list[list], size:
         share[f"weighted, {how}"] = voted(lambda g, s=scores: weighted_vote(results[g], s[g]))
         best = zip(groups, best_of_n(scores, size), strict=True)
         share[f"best, {how}"] = sum(right[g][place] for g, place in best if place is not None) / len(groups)
+    share["any clean"] = sum(any(clean[g]) for g in groups) / len(groups)
     share["any"] = sum(max(right[g]) for g in groups) / len(groups)
     return share
 
 
-def measure(selection: Selection, prm: ProcessRewardModel, num_generations: int, how: str, seed: int) -> dict:
-    """All figures of one process-reward model: `{"choices": {size: {way: accuracy}}, "beam": {size: {…}}}`."""
-    torch.manual_seed(seed)
-    answers = selection.answers(num_generations)
-    places = [i for i in range(len(selection.prompts)) for _ in range(num_generations)]
-    scores = selection.step_scores(prm, places, answers)
-    material = selection.texts(answers), selection.right(places, answers), scores
-    sizes = [2**e for e in range(num_generations.bit_length()) if num_generations % 2**e == 0]
+def measure(selection: Selection, judge: Judge, answers: list[tuple[int, ...]], how: str, seed: int) -> dict:
+    """All figures of one judge: `{"choices": {size: {way: accuracy}}, "beam": {size: {…}}, "tokens": per prompt}`."""
+    each = len(answers) // len(selection.prompts)
+    places = [i for i in range(len(selection.prompts)) for _ in range(each)]
+    right, scores = selection.right(places, answers), selection.step_scores(judge, places, answers)
+    judged = selection.step_scores(program, places, answers)
+    clean = [is_right == 1.0 and all(steps) for is_right, steps in zip(right, judged, strict=True)]
+    material = selection.texts(answers), right, clean, scores
+    sizes = [2**e for e in range(each.bit_length()) if each % 2**e == 0]
     widths = {size: int(size**0.5) for size in sizes if int(size**0.5) ** 2 == size and size > 1}
+    torch.manual_seed(seed)
     return {
         "tokens": sum(map(len, answers)) / len(selection.prompts),
         "choices": {size: choices(*material, size) for size in sizes},
-        "beam": {size: selection.search(prm, how, width, width) for size, width in widths.items()},
+        "beam": {size: selection.search(judge, how, width, width) for size, width in widths.items()},
     }
 
 
@@ -285,11 +300,13 @@ def main() -> None:
         parser.error(f"--num_generations must be positive, got {args.num_generations}.")
     torch.set_num_threads(1)  # the models are too small to gain by more
     selection = Selection(args.policy, read_rows(HardAccuracyReport.test_file)[: args.limit])
+    torch.manual_seed(args.seed)
+    answers = selection.answers(args.num_generations)
     results = {}
     for folder in args.prm_dirs:
         start = time.process_time()
         prm = ProcessRewardModel(folder, batch_size=256, **({"kind": args.kind} if args.kind else {}))
-        results[folder] = measure(selection, prm, args.num_generations, args.how, args.seed)
+        results[folder] = measure(selection, prm, answers, args.how, args.seed)
         print(f"{folder}: {time.process_time() - start:.0f} CPU s")
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "search.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokeni
 from recipes.clock import search
 from recipes.clock.accuracy import HardAccuracyReport, read_rows
 from recipes.clock.search import Selection, beam_search, choices
-from recipes.clock.task import process_reward
 from trl_ext.rewards import ProcessRewardModel
 from trl_ext.trainers.grpo.steps import segment
 
@@ -195,23 +194,23 @@ def test_separators_that_may_be_spread_over_tokens_are_refused(selection):
 def test_a_search_with_the_program_as_its_judge_is_right(selection):
     """The scores are the task's own rewards of steps: no wrong line is kept where a right one was sampled."""
     torch.manual_seed(0)
-    judge = lambda prompts, steps: process_reward(prompts, [None] * len(prompts), steps)  # noqa: E731
-    found = selection.search(judge, "prod", beams=4, expansions=4)
+    found = selection.search(search.program, "prod", beams=4, expansions=4)
     assert found["accuracy"] == 1.0 and found["tokens"] > 0
 
 
 def test_choices_worked_by_hand():
     texts = ["#3", "#7", "#7", "none", "#1", "#1", "#2", "#2"]
     right = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    clean = [False] * 6 + [False, True]
     scores = [[0.9, 0.9], [0.3], [0.4, None], [1.0, 0.1], [0.2], [], [0.9, 0.2], [0.3, 0.3]]
-    four = choices(texts, right, scores, 4)
-    assert four["one"] == 3 / 8 and four["any"] == 1.0
+    four = choices(texts, right, clean, scores, 4)
+    assert four["one"] == 3 / 8 and four["any"] == 1.0 and four["any clean"] == 0.5
     assert four["majority"] == 0.0  # 7 of the first four; a tie of 1 and 2 in the others, 1 being first
     # First: .81 for 3 to .7 for 7. Second: .2 for 1 to .18 + .09 for 2.
     assert four["weighted, prod"] == 1.0 and four["best, prod"] == 0.5
     assert four["best, last"] == four["best, min"] == 1.0
-    assert choices(texts, right, scores, 1)["best, prod"] == 3 / 8
-    assert choices(["none"], [0.0], [[]], 1) == dict.fromkeys(four, 0.0)
+    assert choices(texts, right, clean, scores, 1)["best, prod"] == 3 / 8
+    assert choices(["none"], [0.0], [False], [[]], 1) == dict.fromkeys(four, 0.0)
 
 
 def test_the_command_measures_prints_and_draws(prm, tmp_path, monkeypatch, capsys):
@@ -233,5 +232,12 @@ def test_the_command_measures_prints_and_draws(prm, tmp_path, monkeypatch, capsy
 
 def test_scores_are_those_of_the_model_and_a_run_is_repeated_by_its_seed(prm, selection):
     scorer = ProcessRewardModel(str(prm), kind="token_classifier")
-    first, again = (search.measure(selection, scorer, 2, "min", seed=3) for _ in range(2))
+    answers = selection.answers(2)
+    first, again = (search.measure(selection, scorer, answers, "min", seed=3) for _ in range(2))
     assert first == again
+
+
+def test_what_a_faultless_judge_chooses_is_clean_where_anything_is(selection):
+    answers = selection.answers(16)
+    found = search.measure(selection, search.program, answers, "prod", seed=0)["choices"][16]
+    assert found["best, prod"] >= found["any clean"] and found["any"] >= found["any clean"]
