@@ -19,6 +19,8 @@ _NAMES = {
     "DPOTrainer": "trl_ext.trainers.dpo",
     "GRPOConfig": "trl_ext.trainers.grpo",
     "GRPOTrainer": "trl_ext.trainers.grpo",
+    "KTOConfig": "trl_ext.trainers.kto",
+    "KTOTrainer": "trl_ext.trainers.kto",
 }
 _TESTED = (1, 16)  # the minor version of TRL that the tests run with, as in constraints.txt
 _LAZY_MODULES = ("trl", "trl.trainer")  # both offer the public names, and each keeps those that were asked for

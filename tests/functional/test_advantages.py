@@ -381,6 +381,10 @@ def written(name, case, **options):
         return reference.reinforce_plus_plus_baseline(rows, masks, known, outcomes, case.size, without_kl, **options)
     if name == "gae":
         return reference.gae(rows, masks, known, case.values, case.without_kl, **options)
+    if name == "prime":
+        steps = [[None if math.isnan(x) else x for x in row] for row in case.steps]
+        alone = [None if math.isnan(x) else x for x in case.returns]
+        return reference.prime(steps, alone, masks, case.size, **options)
     if name == "process_group_relative":
         steps, ends = (
             [[value(t, x) for t, x in enumerate(row) if not math.isnan(x)] for row in case.steps]

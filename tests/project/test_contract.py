@@ -14,6 +14,7 @@ import pytest
 import torch
 import trl
 from tiny import build, scripted_rollout
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -26,6 +27,7 @@ from trl_ext.trainers.dpo.losses import TRL_LOSSES
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.grpo import GRPOTrainer as OurGRPOTrainer
 from trl_ext.trainers.grpo.exact_kl import lm_head
+from trl_ext.trainers.kto import KTOConfig, KTOTrainer
 from trl_ext.trainers.ppo import PPOConfig, PPOTrainer
 from trl_ext.upstream import CHECKS, PARAMETERS, UpstreamChanged
 
@@ -34,7 +36,9 @@ LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "lusp
 
 @pytest.mark.parametrize("part", CHECKS)
 def test_a_part_of_trl_is_as_expected(part):
+    before = set(ALL_ATTENTION_FUNCTIONS)
     CHECKS[part]()
+    assert {*ALL_ATTENTION_FUNCTIONS} == before, "nothing of a check stays in transformers"
 
 
 PACKAGE = Path(trl_ext.__file__).parent
@@ -59,7 +63,8 @@ def path_of(thing):
 
 
 @pytest.mark.parametrize(
-    "ours", [OurGRPOTrainer, DPOTrainer, PPOTrainer, GRPOConfig, DPOConfig, PPOConfig, parser_class()]
+    "ours",
+    [OurGRPOTrainer, DPOTrainer, KTOTrainer, PPOTrainer, GRPOConfig, DPOConfig, KTOConfig, PPOConfig, parser_class()],
 )
 def test_every_overridden_method_is_listed(ours):
     parent = upstream.trl_class(ours)
@@ -79,7 +84,7 @@ def test_the_losses_of_grpo_are_those_that_trl_compares_with():
     assert compared == {*GRPO_LOSSES}
 
 
-@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, GRPOConfig, DPOConfig])
+@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, KTOTrainer, GRPOConfig, DPOConfig, KTOConfig])
 def test_the_design_page_is_right_about_every_override(ours):
     page = (PACKAGE.parent / "docs/design.md").read_text()
     table = page[page.index("| part of TRL |") :]
@@ -107,7 +112,7 @@ def test_an_overridden_method_that_is_not_listed_is_found():
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_function_of_trl_that_is_called_is_listed(path):
     """Functions imported from the inside of TRL, and private methods of its trainers."""
-    parents = [upstream.trl_class(trainer) for trainer in (OurGRPOTrainer, DPOTrainer)]
+    parents = [upstream.trl_class(trainer) for trainer in (OurGRPOTrainer, DPOTrainer, KTOTrainer)]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl."):
             module = importlib.import_module(node.module)
@@ -125,7 +130,7 @@ def test_env_check_has_a_line_for_each():
         assert f"parameters of {path.removeprefix('trl.')}" in CHECKS
 
 
-@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer])
+@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, KTOTrainer])
 def test_a_trainer_is_checked_when_it_is_made(monkeypatch, ours):
     class Theirs(ours):
         pass

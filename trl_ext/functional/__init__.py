@@ -15,14 +15,14 @@ from .advantages import (
     length_weighted,
     process_group_relative,
 )
-from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
+from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
-from .process_rewards import step_advantages
+from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
 from .selection import accepted, aggregate, best_of_n, majority_vote, pass_at_k, weighted_vote
 from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
-from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -43,18 +43,22 @@ __all__ = [
     "group_mean",
     "group_relative",
     "hard_label",
+    "implicit_reward_loss",
     "is_constant",
     "k1",
     "k2",
     "k3",
     "kl_in_loss",
+    "kl_of_completions",
     "lambda_advantages",
     "lambda_returns",
+    "later_kl",
     "leave_one_out",
     "length_weighted",
     "majority_vote",
     "next_beta",
     "pass_at_k",
+    "prime",
     "process_group_relative",
     "reinforce",
     "reinforce_plus_plus",

@@ -22,6 +22,8 @@ from .rewards import RewardBatch
 from .token_advantages import (
     KL_NOISE,
     above_the_group,
+    left_out_to_go,
+    prime,
     reinforce,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
@@ -269,6 +271,15 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         metrics=_share_of_steps,
         method="GRPO with process rewards",
         paper="deepseekmath",
+    ),
+    "prime": Estimator(
+        prime,
+        per_token=True,
+        siblings=True,
+        steps="needed",
+        std=lambda batch, **options: left_out_to_go(batch, **options).std,
+        method="GRPO with implicit process rewards (PRIME)",
+        paper="prime",
     ),
     "gae": Estimator(
         gae,

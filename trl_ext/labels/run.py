@@ -25,8 +25,8 @@ _GIVEN = ("prompts", "trainer_state", "log_extra", "log_metric")  # other names 
 
 def label_steps(config: LabelStepsConfig) -> Totals:
     """
-    Samples answers, labels their steps and writes them to `config.output_dir`, as far as they are not there. Each of
-    several processes takes every so manieth chunk; the bytes that are written do not depend on how many there are.
+    Samples answers, labels their steps and writes them to `config.output_dir`, as far as they are not there. Several
+    processes share the chunks by rank; the bytes that are written do not depend on how many there are.
 
     Args:
         config ([`LabelStepsConfig`]):
