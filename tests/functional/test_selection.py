@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from theorems import proves
 
-from trl_ext.functional import accepted, aggregate, best_of_n, majority_vote, pass_at_k, weighted_vote
+from trl_ext.functional import accepted, aggregate, best_of_n, estimated_pass_at_k, majority_vote, weighted_vote
 
 NAN = math.nan
 ALL = ("min", "prod", "last", "mean")
@@ -146,13 +146,13 @@ def test_equal_weights_make_a_majority_vote(answers, weight):
 
 
 def test_pass_at_k_worked_by_hand():
-    assert pass_at_k(5, 2, 3) == 0.9  # of the 10 triples of 5 samples only one has none of the 2 right ones
+    assert estimated_pass_at_k(5, 2, 3) == 0.9  # of the 10 triples of 5 samples only one has none of the 2 right ones
 
 
 @pytest.mark.theorem(
     "Selection",
-    "`pass_at_k` is the share of the subsets of k samples that hold a right one (enumeration, n ≤ 7)",
-    paper="pass_at_k",
+    "`estimated_pass_at_k` is the share of the subsets of k samples that hold a right one (enumeration, n ≤ 7)",
+    paper="codex",
     at_most=0.0,
 )
 @pytest.mark.parametrize("n", range(1, 8))
@@ -161,13 +161,13 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n):
         right = [i < c for i in range(n)]
         for k in range(1, n + 1):
             subsets = [any(subset) for subset in itertools.combinations(right, k)]
-            proves(pass_at_k(n, c, k), float(Fraction(sum(subsets), len(subsets))))
+            proves(estimated_pass_at_k(n, c, k), float(Fraction(sum(subsets), len(subsets))))
 
 
 @pytest.mark.theorem(
     "Selection",
-    "The expectation of `pass_at_k` over independent samples is 1 − (1 − p)^k (enumeration)",
-    paper="pass_at_k",
+    "The expectation of `estimated_pass_at_k` over independent samples is 1 − (1 − p)^k (enumeration)",
+    paper="codex",
     at_most=1e-14,
 )
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (4, 1), (4, 3), (6, 6), (9, 4)])
@@ -175,7 +175,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n):
 def test_pass_at_k_is_unbiased(n, k, p):
     """Over all numbers of right ones of n independent samples, exactly."""
     weights = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
-    expected = sum(float(weight) * pass_at_k(n, c, k) for c, weight in enumerate(weights))
+    expected = sum(float(weight) * estimated_pass_at_k(n, c, k) for c, weight in enumerate(weights))
     proves(expected, float(1 - (1 - p) ** k))
 
 
@@ -183,18 +183,18 @@ def test_pass_at_k_is_unbiased(n, k, p):
 @given(n=st.integers(1, 3000), data=st.data())
 def test_pass_at_k_is_between_its_ends_and_grows(n, data):
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
-    value = pass_at_k(n, c, k)
+    value = estimated_pass_at_k(n, c, k)
     assert 0.0 <= value <= 1.0
     assert value == 0.0 if c == 0 else value >= c / n * (1 - 1e-15)
     assert (value == 1.0) >= (n - c < k)
-    assert pass_at_k(n, c, 1) == c / n
+    assert estimated_pass_at_k(n, c, 1) == c / n
     if k < n:
-        assert pass_at_k(n, c, k + 1) >= value
+        assert estimated_pass_at_k(n, c, k + 1) >= value
 
 
 def test_pass_at_k_is_accurate_where_a_product_of_floats_is_not():
-    assert pass_at_k(10**12, 1, 1) == 1e-12
-    assert pass_at_k(1000, 500, 500) == 1.0  # 1 − 4e-300
+    assert estimated_pass_at_k(10**12, 1, 1) == 1e-12
+    assert estimated_pass_at_k(1000, 500, 500) == 1.0  # 1 − 4e-300
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_pass_at_k_is_accurate_where_a_product_of_floats_is_not():
 )
 def test_numbers_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        pass_at_k(*arguments)
+        estimated_pass_at_k(*arguments)
 
 
 # Rejection sampling

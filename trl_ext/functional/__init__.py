@@ -15,14 +15,15 @@ from .advantages import (
     length_weighted,
     process_group_relative,
 )
+from .attempts import best_of_group, gpg, pass_at_k
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
 from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
-from .selection import accepted, aggregate, best_of_n, majority_vote, pass_at_k, weighted_vote
+from .selection import accepted, aggregate, best_of_n, estimated_pass_at_k, majority_vote, weighted_vote
 from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
-from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -35,11 +36,14 @@ __all__ = [
     "accepted",
     "aggregate",
     "aggregated",
+    "best_of_group",
     "best_of_n",
     "clipped_value_loss",
+    "estimated_pass_at_k",
     "explained_variance",
     "first_error",
     "gae",
+    "gpg",
     "group_mean",
     "group_relative",
     "hard_label",
@@ -63,6 +67,7 @@ __all__ = [
     "reinforce",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "remax",
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",

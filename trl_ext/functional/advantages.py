@@ -16,17 +16,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .attempts import best_of_group, gpg, pass_at_k
 from .process_rewards import step_advantages
 from .reductions import is_constant
 from .rewards import RewardBatch
 from .token_advantages import (
     KL_NOISE,
     above_the_group,
+    baseline_metrics,
     left_out_to_go,
     prime,
     reinforce,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
+    remax,
     rewards_to_go,
 )
 from .values import advantage_std, gae, value_metrics
@@ -207,6 +210,8 @@ class Estimator(NamedTuple):
             Whether it is derived for completions of the very policy that learns.
         kl_placement (`str`, *optional*):
             Where its paper puts the KL, `"loss"` or `"reward"`.
+        completions (`Callable`, *optional*):
+            Function of its options: how many completions of a prompt it needs.
         std (`Callable`, *optional*):
             What it divides by, a function of the same arguments: turns β into `kl/effective_beta`.
         metrics (`Callable`, *optional*):
@@ -223,6 +228,7 @@ class Estimator(NamedTuple):
     values: bool = False
     on_policy: bool = False
     kl_placement: str | None = None
+    completions: Callable[..., int] | None = None
     std: Callable[..., torch.Tensor] | None = None
     metrics: Callable[..., dict[str, float]] | None = None
     method: str = ""
@@ -244,7 +250,28 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         method="GRPO with a length-weighted baseline (OPO)",
         paper="opo",
     ),
+    "pass_at_k": Estimator(
+        pass_at_k,
+        siblings=True,
+        completions=lambda k=2, **_: k + 1,
+        method="GRPO with the best of k attempts (Pass@k training)",
+        paper="pass_at_k",
+    ),
+    "best_of_group": Estimator(
+        best_of_group, siblings=True, method="GRPO with the best completion of a group", paper="best_of_group"
+    ),
+    "gpg": Estimator(gpg, siblings=True, on_policy=True, method="GPG", paper="gpg"),
     "reinforce": Estimator(reinforce, per_token=True, steps="added", method="REINFORCE", paper="reinforce"),
+    "remax": Estimator(
+        remax,
+        per_token=True,
+        steps="added",
+        baseline=True,
+        kl_placement="reward",
+        metrics=baseline_metrics,
+        method="ReMax",
+        paper="remax",
+    ),
     "reinforce_plus_plus": Estimator(
         reinforce_plus_plus,
         per_token=True,

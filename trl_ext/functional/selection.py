@@ -154,7 +154,7 @@ def weighted_vote(answers: Iterable[_Answer | None], scores: Iterable[float | No
     return max(votes, key=lambda answer: math.fsum(votes[answer]), default=None)
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
+def estimated_pass_at_k(n: int, c: int, k: int) -> float:
     r"""
     Probability that at least one of `k` of the `n` samples, drawn without replacement, is right:
 
@@ -180,7 +180,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
     Example:
 
-    >>> pass_at_k(5, 2, 3)
+    >>> estimated_pass_at_k(5, 2, 3)
     0.9
     """
     if not 0 <= c <= n:

@@ -79,6 +79,12 @@ def check_advantages(options: Any) -> None:
     if row.values and not options._makes_critic:
         raise ValueError(NEEDS_CRITIC.format(name))
     _check_estimator_options(name, row, options)
+    needed = row.completions(**(options.advantage_kwargs or {})) if row.completions is not None else 1
+    if options.num_generations < needed:
+        raise ValueError(
+            f"advantage_estimator={name!r} with advantage_kwargs={options.advantage_kwargs} needs num_generations >= "
+            f"{needed}, got {options.num_generations}."
+        )
     _check_clip_range(options.reward_clip_range)
     if options.scale_rewards != "group":
         raise ValueError(
@@ -215,6 +221,19 @@ def check_steps(options: Any) -> None:
 def makes_own_prompts(given: dict[str, Any]) -> bool:
     """A rollout_func or environment may use other prompts, so the prompt column is not checked."""
     return given.get("environment_factory") is not None or given.get("rollout_func") is not None
+
+
+def check_given(given: dict[str, Any], options: Any) -> None:
+    """Refuses arguments of the trainer that its options cannot work with."""
+    name = options.advantage_estimator
+    if name is not None and estimator_row(name).baseline:
+        for argument in ("environment_factory", "rollout_func"):
+            if given.get(argument) is not None:
+                raise ValueError(
+                    f"advantage_estimator={name!r} generates a greedy answer of its own, which {argument} does not "
+                    f"offer. Use {names_of(lambda row: not (row.siblings or row.baseline or row.values))}."
+                )
+    check_data(given, options)
 
 
 def check_data(given: dict[str, Any], options: Any, tokenizer: Any = None) -> None:

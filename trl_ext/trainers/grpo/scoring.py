@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ...upstream import UpstreamChanged
 from ..foreign import Options, overriding_class, watching
 from ..input_checks import warn_user
 from .checks import FIELDS_OF_ESTIMATORS, NEEDS_CRITIC, estimator_row, names_of, refuse_per_token, takes
+from .greedy import Answers, GreedyBaseline
 from .metrics import advantage_metrics, step_metrics
 from .reward_calls import RewardCalls
 from .steps import StepCuts
@@ -28,6 +30,7 @@ class Rollout:
     process: list[int] = field(default_factory=list)  # indices of the functions that returned step rewards
     rewards_per_func: torch.Tensor | None = None  # (N, functions), all processes; NaN for process functions
     step_ends: torch.Tensor | None = None  # (N, T), all processes, where a step ends; None without step rewards
+    answers: Answers | None = None  # greedy ones, of all processes; None where the estimator needs none
     batch: RewardBatch | None = None  # of all processes
 
 
@@ -58,6 +61,10 @@ class Scoring:
                 self._kwargs[name] = getattr(options, name)
         path = options.step_ends_function
         self._step_options = options.step_separator, import_path(path) if path else None
+        self._baseline: GreedyBaseline | None = None
+        if self.row.baseline:
+            option = f"advantage_estimator={self.name!r}, whose baseline is a greedy answer,"
+            self._baseline = GreedyBaseline(trainer, base, option)
         self._warned = False
         self._shown: set[int] = set()  # functions whose step rewards are in the completions table
 
@@ -73,9 +80,13 @@ class Scoring:
             return result
 
         def calculated(theirs: Callable, inputs: Any, prompts: Any, completions: Any, ids: list[list[int]]) -> Any:
-            with self._wrapped_functions(rollout, ids):
-                rewards_per_func = theirs(inputs, prompts, completions, ids)
-            self._keep(rollout, rewards_per_func)
+            if self._baseline is not None:  # first, so that whatever a class remembers is about the samples
+                sampled_mask = rollout.tool_mask
+                scored = partial(self._returns_of_answers, theirs)
+                rollout.answers = self._baseline.answers(inputs, prompts, scored)
+                rollout.tool_mask = sampled_mask
+            rewards_per_func = self._scored(rollout, theirs, inputs, prompts, completions, ids)
+            self._show_steps(rollout)
             return rewards_per_func
 
         with (
@@ -83,6 +94,27 @@ class Scoring:
             watching(self.trainer, "_calculate_rewards", calculated),
         ):
             yield
+
+    def _scored(self, rollout: Rollout, theirs: Callable, *args: Any) -> torch.Tensor:
+        """What TRL's method returns, called with functions that are given the steps, and kept in `rollout`."""
+        with self._wrapped_functions(rollout, args[-1]):
+            rewards_per_func = theirs(*args)
+        self._keep(rollout, rewards_per_func)
+        return rewards_per_func
+
+    def _returns_of_answers(self, theirs: Callable, inputs: list, prompts: list, generated: tuple) -> torch.Tensor:
+        """Sum of all rewards of each answer of all processes, `(N,)` float64, NaN where no function scored it."""
+        ids, tool_mask, completions = generated[1], generated[2], generated[3]
+        if len(ids) != len(prompts):
+            raise self._changed("_generate", f"returns {len(ids)} completions for {len(prompts)} prompts")
+        rollout = Rollout(tool_mask)
+        self._scored(rollout, theirs, inputs, prompts, completions, ids)
+        assert rollout.rewards_per_func is not None
+        mask = torch.ones(len(ids), max(map(len, ids)), device=self.trainer.accelerator.device)
+        returns, (steps, scored) = self.returns(rollout), self._steps(rollout, mask)
+        if steps is None or scored is None:
+            return returns
+        return (returns.nan_to_num() + steps.sum(1)).masked_fill(returns.isnan() & ~scored.any(1), torch.nan)
 
     @contextmanager
     def _wrapped_functions(self, rollout: Rollout, completion_ids: list[list[int]]) -> Iterator[None]:
@@ -102,7 +134,7 @@ class Scoring:
             trainer.reward_funcs = functions
 
     def _keep(self, rollout: Rollout, rewards_per_func: torch.Tensor) -> None:
-        """What TRL gathered, less the functions that reward steps; their steps go into the completions table."""
+        """What TRL gathered, less the functions that reward steps."""
         calls, names = rollout.calls, self.trainer.reward_func_names
         assert calls is not None
         rollout.process = calls.agree()
@@ -114,11 +146,16 @@ class Scoring:
             )
         if rollout.process:
             self._refuse_changed_means(rollout, rewards_per_func)
-        self._shown |= {*rollout.process}
-        for index in sorted(self._shown):  # also in a batch without any, or the table would show those of the last one
-            self.trainer._log_completion_extra(f"{names[index]}/steps", calls.steps_of(index))
         rollout.rewards_per_func = rewards_per_func.clone()
         rollout.rewards_per_func[:, rollout.process] = torch.nan
+
+    def _show_steps(self, rollout: Rollout) -> None:
+        """Step rewards go into the completions table."""
+        assert rollout.calls is not None
+        self._shown |= {*rollout.process}
+        for index in sorted(self._shown):  # also in a batch without any, or the table would show those of the last one
+            name = self.trainer.reward_func_names[index]
+            self.trainer._log_completion_extra(f"{name}/steps", rollout.calls.steps_of(index))
 
     def _refuse_changed_means(self, rollout: Rollout, rewards_per_func: torch.Tensor) -> None:
         """A subclass that changes the number of a process function would change nothing: its steps are used."""
@@ -172,6 +209,10 @@ class Scoring:
         mask = self.gathered(local_mask)
         outcome, scored = reward_at_end(self.returns(rollout), mask)
         steps, steps_scored = self._steps(rollout, local_mask)
+        if rollout.step_ends is not None:
+            self._warn_of_single_steps(rollout.step_ends)
+        if rollout.answers is not None:
+            extras = {"baseline": rollout.answers.returns, **extras}
         if of_tokens is not None:
             steps = of_tokens.double() if steps is None else of_tokens.double() + steps
             rollout.step_ends = steps_scored = mask.bool()
@@ -202,6 +243,8 @@ class Scoring:
         found = advantage_metrics(batch, advantages, len(rollout.process) < len(self.trainer.reward_func_names))
         if rollout.step_ends is not None:
             found |= step_metrics(batch, rollout.step_ends, advantages)
+        if rollout.answers is not None:
+            found[f"{self.name}/baseline_length"] = rollout.answers.lengths.double().mean().item()
         if self.row.metrics is not None:
             found |= self.row.metrics(batch, advantages, **self._kwargs)
         if self.row.std is not None and batch.kl_penalty is not None:
@@ -268,7 +311,6 @@ class Scoring:
         rewards = self.gathered(rewards.to(device, torch.float32 if device.type == "mps" else torch.float64))
         # As numbers: padding on some of the processes only would make a bool another type there.
         rollout.step_ends = self.gathered(is_end.long().to(device)).bool()
-        self._warn_of_single_steps(rollout.step_ends)
         return rewards.double(), self.gathered(scored.long().to(device)).bool()
 
     def _warn_of_single_steps(self, step_ends: torch.Tensor) -> None:
