@@ -300,6 +300,7 @@ def main() -> None:
         parser.error(f"--num_generations must be positive, got {args.num_generations}.")
     torch.set_num_threads(1)  # the models are too small to gain by more
     selection = Selection(args.policy, read_rows(HardAccuracyReport.test_file)[: args.limit])
+    args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     answers = selection.answers(args.num_generations)
     results = {}
@@ -307,9 +308,8 @@ def main() -> None:
         start = time.process_time()
         prm = ProcessRewardModel(folder, batch_size=256, **({"kind": args.kind} if args.kind else {}))
         results[folder] = measure(selection, prm, answers, args.how, args.seed)
-        print(f"{folder}: {time.process_time() - start:.0f} CPU s")
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "search.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (args.output / "search.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"{folder}: {time.process_time() - start:.0f} CPU s", flush=True)
     print(*table(results), sep="\n")
     draw(results, args.output / "search.png")
 
