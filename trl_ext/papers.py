@@ -9,12 +9,7 @@ PAPERS: dict[str, Paper] = {
         "Simple statistical gradient-following algorithms for connectionist reinforcement learning",
         "Ronald J. Williams",
         1992,
-        source={
-            "journal": "Machine Learning",
-            "volume": "8",
-            "pages": "229--256",
-            "doi": "10.1007/BF00992696",
-        },
+        source={"journal": "Machine Learning", "volume": "8", "pages": "229--256", "doi": "10.1007/BF00992696"},
     ),
     "deepseekmath": Paper(
         "shao2024deepseekmath",
@@ -115,6 +110,28 @@ PAPERS: dict[str, Paper] = {
         "What's Behind PPO's Collapse in Long-CoT? Value Optimization Holds the Secret",
         "Yufeng Yuan and Yu Yue and Ruofei Zhu and Tiantian Fan and Lin Yan",
         2025, "2503.01491",
+    ),
+    "process_feedback": Paper(
+        "uesato2022solving",
+        "Solving math word problems with process- and outcome-based feedback",
+        "Jonathan Uesato and Nate Kushman and Ramana Kumar and Francis Song and Noah Siegel and Lisa Wang and Antonia "
+        "Creswell and Geoffrey Irving and Irina Higgins",
+        2022,
+        "2211.14275",
+    ),
+    "lets_verify": Paper(
+        "lightman2023lets",
+        "Let's Verify Step by Step",
+        "Hunter Lightman and Vineet Kosaraju and Yura Burda and Harri Edwards and Bowen Baker and others",
+        2023,
+        "2305.20050",
+    ),
+    "processbench": Paper(
+        "zheng2024processbench",
+        "ProcessBench: Identifying Process Errors in Mathematical Reasoning",
+        "Chujie Zheng and Zhenru Zhang and Beichen Zhang and Runji Lin and Keming Lu and others",
+        2024,
+        "2412.06559",
     ),
     "math_shepherd": Paper(
         "wang2023mathshepherd",
@@ -307,14 +324,6 @@ PAPERS: dict[str, Paper] = {
         "Yifei Li and Zeqi Lin and Shizhuo Zhang and Qiang Fu and Bei Chen and Jian-Guang Lou and Weizhu Chen",
         2022,
         "2206.02336",
-    ),
-    "lets_verify": Paper(
-        "lightman2023lets",
-        "Let's Verify Step by Step",
-        "Hunter Lightman and Vineet Kosaraju and Yura Burda and Harri Edwards and Bowen Baker and Teddy Lee and Jan "
-        "Leike and John Schulman and Ilya Sutskever and Karl Cobbe",
-        2023,
-        "2305.20050",
     ),
     "test_time_compute": Paper(
         "snell2024scaling",

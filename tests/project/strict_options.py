@@ -10,6 +10,7 @@ from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.kto import KTOConfig
 from trl_ext.trainers.ppo import PPOConfig
+from trl_ext.trainers.prm import PRMConfig
 
 KINDS = {
     "grpo": (GRPOScriptArguments, GRPOConfig),
@@ -17,6 +18,7 @@ KINDS = {
     "kto": (ScriptArguments, KTOConfig),
     "ppo": (GRPOScriptArguments, PPOConfig),
     "sft": (ScriptArguments, SFTConfig),
+    "prm": (ScriptArguments, PRMConfig),
 }
 WITHOUT_TRAINER = {"label-steps": LabelStepsConfig, "rejection-sampling": RejectionSamplingConfig}
 ON_THIS_MACHINE = {"bf16": False, "use_cpu": True}

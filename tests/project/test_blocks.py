@@ -48,7 +48,7 @@ def run_python(example):
 
 def run_yaml(example):
     options = yaml.safe_load(example.parsed)
-    of_trl = "dpo" if isinstance(options.get("loss_type"), list) else "grpo"
+    of_trl = "dpo" if isinstance(options.get("loss_type"), list) else "prm" if "kind" in options else "grpo"
     read_options("label-steps" if "verifier" in options else of_trl, options)
 
 

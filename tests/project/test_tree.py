@@ -11,6 +11,7 @@ from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.kto import KTOConfig
 from trl_ext.trainers.ppo import PPOConfig
+from trl_ext.trainers.prm import PRMConfig
 from trl_ext.upstream import trl_class
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def test_a_function_body_has_at_most_45_lines(path):
             assert node.end_lineno - body[0].lineno < 45, node.name
 
 
-@pytest.mark.parametrize("config", [GRPOConfig, DPOConfig, KTOConfig, PPOConfig])
+@pytest.mark.parametrize("config", [GRPOConfig, DPOConfig, KTOConfig, PPOConfig, PRMConfig])
 def test_every_option_is_in_the_docstring_and_has_help(config):
     theirs = trl_class(config).__dataclass_fields__.keys()
     ours = {name for name in config.__annotations__ if not name.startswith("_")} - theirs

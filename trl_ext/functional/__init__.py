@@ -1,8 +1,8 @@
 """
 The mathematics: functions of tensors that know torch and nothing else.
 
-Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`. Everything public can be
-imported from here.
+Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`, `STEP_OBJECTIVES`. Everything
+public can be imported from here.
 """
 
 from . import preference
@@ -23,6 +23,16 @@ from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weigh
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
 from .selection import accepted, aggregate, best_of_n, estimated_pass_at_k, majority_vote, weighted_vote
 from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
+from .step_objectives import (
+    STEP_OBJECTIVES,
+    StepObjective,
+    classification_metrics,
+    classification_sums,
+    regression_metrics,
+    regression_sums,
+    squared_error,
+    step_cross_entropy,
+)
 from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
@@ -33,11 +43,15 @@ __all__ = [
     "RewardBatch",
     "SATURATION",
     "STEP_LABELS",
+    "STEP_OBJECTIVES",
+    "StepObjective",
     "accepted",
     "aggregate",
     "aggregated",
     "best_of_group",
     "best_of_n",
+    "classification_metrics",
+    "classification_sums",
     "clipped_value_loss",
     "estimated_pass_at_k",
     "explained_variance",
@@ -64,6 +78,8 @@ __all__ = [
     "pass_at_k",
     "prime",
     "process_group_relative",
+    "regression_metrics",
+    "regression_sums",
     "reinforce",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
@@ -74,7 +90,9 @@ __all__ = [
     "rollouts_for",
     "search_together",
     "soft_label",
+    "squared_error",
     "step_advantages",
+    "step_cross_entropy",
     "weighted_mean",
     "weighted_std",
     "weighted_vote",

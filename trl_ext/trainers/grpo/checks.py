@@ -12,7 +12,7 @@ from ...functional.advantages import ADVANTAGE_ESTIMATORS, Estimator
 from ...functional.rewards import RewardBatch
 from ...lookup import import_path, lookup
 from ...rewards import ProcessRewardModel
-from ...rewards.process_reward_model import refuse_escapes
+from ...rewards.step_format import refuse_escapes
 from ..input_checks import column_names, datasets_of, quoted, require_columns, require_texts, warn_user
 from .reward_calls import STEP_COLUMNS
 
