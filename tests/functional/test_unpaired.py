@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_ext.functional.preference import UNPAIRED_LOSSES, MovingRewards, UnpairedBatch, bco
+from trl_ext.functional.preference import MovingRewards, UnpairedBatch, bco
 
 F64 = torch.float64
 rewards = st.floats(-30, 30, allow_nan=False)
@@ -130,10 +130,3 @@ def test_a_restored_state_goes_on_bit_for_bit():
         assert found[0] == found[1]
         whole.step()
         torn.step()
-
-
-def test_every_row_has_a_paper():
-    from trl_ext.papers import PAPERS
-
-    for row in UNPAIRED_LOSSES.values():
-        assert row.paper in PAPERS and row.method

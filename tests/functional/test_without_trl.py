@@ -37,6 +37,8 @@ def test_every_module_can():
 def test_every_public_function_and_class_can_be_imported_from_the_package():
     inner = {"Spread", "rewards_to_go", "above_the_group", "required_reward_margin"} | {
         "advantage_std",
+        "baseline_metrics",
+        "left_out_to_go",
         "value_metrics",
     }  # between the modules
     for module in pkgutil.walk_packages(trl_ext.functional.__path__, "trl_ext.functional."):

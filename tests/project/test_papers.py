@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
+from trl_ext.functional.preference import PREFERENCE_LOSSES, UNPAIRED_LOSSES
 from trl_ext.papers import PAPERS
 
 ROOT = Path(__file__).parents[2]
@@ -46,3 +48,9 @@ def test_a_citation_is_complete(name):
 
 def test_no_two_papers_share_a_key_or_a_link():
     assert len({paper.cite for paper in PAPERS.values()}) == len(URLS) == len(PAPERS)
+
+
+@pytest.mark.parametrize("table", [ADVANTAGE_ESTIMATORS, PREFERENCE_LOSSES, UNPAIRED_LOSSES])
+def test_the_paper_of_every_row_is_known(table):
+    for name, row in table.items():
+        assert (row.paper in PAPERS) == bool(row.method), name
