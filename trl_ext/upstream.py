@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any
 
 _GRPO, _DPO = "trl.trainer.grpo_trainer.GRPOTrainer", "trl.trainer.dpo_trainer.DPOTrainer"
+_ENGINE = "trl.experimental.async_grpo"
+_ASYNC = f"{_ENGINE}.async_grpo_trainer.AsyncGRPOTrainer"
 # Of every trainer that we subclass. Some are of transformers, but TRL may override them in any release.
 _OF_EVERY_TRAINER = {
     "train": ("self", "resume_from_checkpoint"),
@@ -26,7 +28,7 @@ _OF_EVERY_TRAINER = {
 }
 # What we override, call or replace, with the names of its first parameters.
 PARAMETERS: dict[str, tuple[str, ...]] = {
-    **{f"{trainer}.{method}": names for trainer in (_GRPO, _DPO) for method, names in _OF_EVERY_TRAINER.items()},
+    **{f"{trainer}.{method}": names for trainer in (_GRPO, _DPO, _ASYNC) for method, names in _OF_EVERY_TRAINER.items()},
     f"{_GRPO}._prepare_inputs": ("self", "generation_batch"),
     f"{_GRPO}.training_step": ("self", "model", "inputs", "num_items_in_batch"),
     f"{_GRPO}._get_train_sampler": ("self", "dataset"),
@@ -50,6 +52,10 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_DPO}._precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
     f"{_DPO}.compute_ref_log_probs": ("self", "model", "inputs"),
     f"{_DPO}._compute_loss": ("self", "model", "inputs", "return_outputs"),
+    f"{_ASYNC}.training_step": ("self", "model", "inputs", "num_items_in_batch"),
+    f"{_ASYNC}.get_batch_samples": ("self", "epoch_iterator", "num_batches", "device"),
+    f"{_ENGINE}.async_grpo_config.AsyncGRPOConfig.get_process_log_level": ("self",),
+    f"{_ENGINE}.async_rollout_worker._AsyncRolloutLoop._score_group": ("self", "group"),
     "trl.trainer.grpo_config.GRPOConfig.get_process_log_level": ("self",),
     "trl.trainer.dpo_config.DPOConfig.get_process_log_level": ("self",),
     "trl.trainer.utils.is_async_callable": ("func",),
@@ -294,11 +300,20 @@ def _tiny_trainer(folder: str) -> Any:
     )  # fmt: skip
 
 
+def _of_the_engine(check: str) -> None:
+    from . import upstream_async
+
+    getattr(upstream_async, check)()
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     "names of trl and trl.trainer are looked up when they are asked for": _lazy_names,
     "training commands start their workers through launch_training_script": _launcher,
     **{f"parameters of {path.removeprefix('trl.')}": partial(_parameters, path) for path in PARAMETERS},
     "GRPO's loss multiplies beta and the KL once": _kl_product,
     "a packed row reaches the attention function, and the fused LM head says how it scores": _packed_rows,
+    "asynchronous GRPO: two numbers per token reach the loss": partial(_of_the_engine, "check_columns"),
+    "asynchronous GRPO: the loss runs the model once": partial(_of_the_engine, "check_one_forward"),
+    "asynchronous GRPO: the worker's _loop_cls": partial(_of_the_engine, "check_rollout_process"),
     "GRPO scores a generation batch once and takes the log-probs once per loss": _one_generation_batch,
 }

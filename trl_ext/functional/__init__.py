@@ -19,7 +19,13 @@ from .preference import *  # noqa: F403
 from .process_rewards import step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
-from .token_advantages import reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline
+from .token_advantages import (
+    centred_token_rewards,
+    reinforce,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    token_rewards,
+)
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "RewardBatch",
     "SATURATION",
     "aggregated",
+    "centred_token_rewards",
     "clipped_value_loss",
     "explained_variance",
     "gae",
@@ -52,6 +59,7 @@ __all__ = [
     "reward_at_steps",
     "reward_to_go",
     "step_advantages",
+    "token_rewards",
     "weighted_mean",
     "weighted_std",
     "whiten",

@@ -22,10 +22,12 @@ from .rewards import RewardBatch
 from .token_advantages import (
     KL_NOISE,
     above_the_group,
+    centred_token_rewards,
     reinforce,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
     rewards_to_go,
+    token_rewards,
 )
 from .values import advantage_std, gae, value_metrics
 
@@ -209,6 +211,13 @@ class Estimator(NamedTuple):
             What it divides by, a function of the same arguments: turns β into `kl/effective_beta`.
         metrics (`Callable`, *optional*):
             Function of batch, advantages and options: further numbers to log.
+        within (`Callable`, *optional*):
+            For a trainer that sees one prompt at a time: what is computed of its completions. The function itself, if
+            nothing crosses prompts; else a function of the batch to token rewards, `(N, T)`, NaN in rows that take no
+            part. `None`: not available there.
+        across (`str`, *optional*):
+            Entry whose function is then applied to these token rewards, with the options and `num_generations=1`, over
+            all rows of an optimizer step. `None`: nothing crosses prompts.
         method, paper (`str`, *optional*):
             Its name in a model card, and key in `trl_ext.papers.PAPERS`. Empty: those of TRL's trainer.
     """
@@ -223,32 +232,53 @@ class Estimator(NamedTuple):
     kl_placement: str | None = None
     std: Callable[..., torch.Tensor] | None = None
     metrics: Callable[..., dict[str, float]] | None = None
+    within: Callable[..., torch.Tensor] | None = None
+    across: str | None = None
     method: str = ""
     paper: str = ""
 
 
 ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
-    "group_relative": Estimator(group_relative, siblings=True),
+    "group_relative": Estimator(group_relative, siblings=True, within=group_relative),
     "group_mean": Estimator(
-        group_mean, siblings=True, method="GRPO with mean-only advantages (Dr. GRPO)", paper="dr_grpo"
+        group_mean,
+        siblings=True,
+        within=group_mean,
+        method="GRPO with mean-only advantages (Dr. GRPO)",
+        paper="dr_grpo",
     ),
     "leave_one_out": Estimator(
-        leave_one_out, siblings=True, method="GRPO with leave-one-out advantages (RLOO)", paper="rloo"
+        leave_one_out,
+        siblings=True,
+        within=leave_one_out,
+        method="GRPO with leave-one-out advantages (RLOO)",
+        paper="rloo",
     ),
     "length_weighted": Estimator(
         length_weighted,
         siblings=True,
         on_policy=True,
+        within=length_weighted,
         method="GRPO with a length-weighted baseline (OPO)",
         paper="opo",
     ),
-    "reinforce": Estimator(reinforce, per_token=True, steps="added", method="REINFORCE", paper="reinforce"),
+    "reinforce": Estimator(
+        reinforce,
+        per_token=True,
+        steps="added",
+        within=token_rewards,
+        across="reinforce",
+        method="REINFORCE",
+        paper="reinforce",
+    ),
     "reinforce_plus_plus": Estimator(
         reinforce_plus_plus,
         per_token=True,
         steps="added",
         kl_placement="reward",
         std=lambda batch, **options: rewards_to_go(batch, **options).std,
+        within=token_rewards,
+        across="reinforce_plus_plus",
         method="REINFORCE++",
         paper="reinforce_plus_plus",
     ),
@@ -258,6 +288,8 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         siblings=True,
         steps="added",
         std=lambda batch, **options: above_the_group(batch, **options).std,
+        within=centred_token_rewards,
+        across="reinforce_plus_plus",
         method="REINFORCE++ with baseline",
         paper="reinforce_plus_plus",
     ),
@@ -267,6 +299,7 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         siblings=True,
         steps="needed",
         metrics=_share_of_steps,
+        within=process_group_relative,
         method="GRPO with process rewards",
         paper="deepseekmath",
     ),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .reductions import is_constant, reward_to_go, weighted_mean, weighted_std
-from .rewards import RewardBatch
+from .rewards import RewardBatch, reward_at_end
 
 KL_NOISE = (
     "All outcome rewards {} are equal while the KL is in the reward; advantages are centred but not scaled, because "
@@ -170,16 +170,21 @@ def above_the_group(
             f"gamma must be 1.0 for 'reinforce_plus_plus_baseline', whose baseline is an undiscounted return, got "
             f"{gamma!r}. Use 'reinforce_plus_plus' to discount."
         )
-    scorable = batch.group(batch.scorable)
-    baseline = (batch.group(batch.without_kl.sum(1)) - batch.centred(batch.without_kl)).flatten()[:, None]
-    # Recentring over the batch would hand a row without sibling −μ/σ although nothing is known about it.
-    compared = (scorable & (scorable.sum(1, keepdim=True) > 1)).flatten()
+    baseline, compared = _group_baseline(batch)
     trainable = batch.mask.bool() & compared[:, None]
-    values = (reward_to_go(batch.rewards, trainable) - baseline).where(trainable, 0.0)
+    values = (reward_to_go(batch.rewards, trainable) - baseline[:, None]).where(trainable, 0.0)
     without_kl = None
     if batch.kl_penalty is not None:
-        without_kl = (reward_to_go(batch.without_kl, trainable) - baseline).where(trainable, 0.0)
+        without_kl = (reward_to_go(batch.without_kl, trainable) - baseline[:, None]).where(trainable, 0.0)
     return _spread(values, without_kl, trainable, weighting, correction, norm)
+
+
+def _group_baseline(batch: RewardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean outcome of the row's group, `(N,)`, and the rows that have a scorable sibling, `(N,)`, bool."""
+    scorable = batch.group(batch.scorable)
+    baseline = batch.group(batch.without_kl.sum(1)) - batch.centred(batch.without_kl)
+    # Recentring over the batch would hand a row without sibling −μ/σ although nothing is known about it.
+    return baseline.flatten(), (scorable & (scorable.sum(1, keepdim=True) > 1)).flatten()
 
 
 def reinforce_plus_plus_baseline(
@@ -205,3 +210,51 @@ def reinforce_plus_plus_baseline(
     """
     spread = above_the_group(batch, weighting=weighting, correction=correction, norm=norm, gamma=gamma)
     return spread.normalised(batch.outcome.dtype)
+
+
+# The half within a prompt, for a trainer that sees one prompt at a time; the other half is a row of the table.
+
+
+def token_rewards(batch: RewardBatch) -> torch.Tensor:
+    r"""
+    Token rewards, without the KL: the half of [`reinforce`] and [`reinforce_plus_plus`] within a prompt.
+
+    Args:
+        batch ([`RewardBatch`]):
+            Rewards of the completions of one prompt, or of several.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`, float64: In the unit of the reward; NaN in rows that take no part.
+
+    Example:
+
+    >>> outcome, scored = reward_at_end(torch.tensor([1.0, torch.nan]), torch.ones(2, 2))
+    >>> token_rewards(RewardBatch(outcome, scored, torch.ones(2, 2), num_generations=2))
+    tensor([[0., 1.],
+            [nan, nan]], dtype=torch.float64)
+    """
+    return batch.without_kl.masked_fill(~batch.scorable[:, None], torch.nan)
+
+
+def centred_token_rewards(batch: RewardBatch) -> torch.Tensor:
+    r"""
+    Token rewards, without the KL, the group's mean outcome taken off the last trainable token: the half of
+    [`reinforce_plus_plus_baseline`] within a prompt. Their reward-to-go is \\(G_{i,t} - b_g\\).
+
+    Args:
+        batch ([`RewardBatch`]):
+            Rewards of the completions of one prompt, or of several.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`, float64: In the unit of the reward; NaN in rows without scorable sibling.
+
+    Example:
+
+    >>> outcome, scored = reward_at_end(torch.tensor([1.0, 0.0]), torch.ones(2, 2))
+    >>> centred_token_rewards(RewardBatch(outcome, scored, torch.ones(2, 2), num_generations=2))
+    tensor([[ 0.0000,  0.5000],
+            [ 0.0000, -0.5000]], dtype=torch.float64)
+    """
+    baseline, compared = _group_baseline(batch)
+    at_end, _ = reward_at_end(baseline, batch.mask)
+    return (batch.without_kl - at_end).masked_fill(~compared[:, None], torch.nan)

@@ -83,6 +83,8 @@ class ProcessRewardModel:
             Revision of model and tokenizer.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that the model repository contains.
+        device (`str`, *optional*):
+            Where the model is loaded, such as `"cpu"`. Default: the trainer's device.
 
     Raises:
         `ValueError`: If an option is outside the values above.
@@ -103,6 +105,7 @@ class ProcessRewardModel:
         dtype: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        device: str | None = None,
     ):
         if kind not in _SEPARATORS:
             raise ValueError(f"kind must be one of {sorted(_SEPARATORS)}, got {kind!r}.")
@@ -122,7 +125,7 @@ class ProcessRewardModel:
             "revision": revision,
             "trust_remote_code": trust_remote_code,
         }
-        self.load_in_4bit, self.dtype = load_in_4bit, dtype
+        self.load_in_4bit, self.dtype, self.device = load_in_4bit, dtype, device
         self.model: Any = None
         self.__name__ = model.rstrip("/").split("/")[-1]
 
@@ -141,7 +144,7 @@ class ProcessRewardModel:
         return cls(**options)
 
     def load(self) -> None:
-        """Loads tokenizer and model onto the trainer's device. Doing so again changes nothing."""
+        """Loads tokenizer and model onto their device. Doing so again changes nothing."""
         if self.model is not None:
             return
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
@@ -157,7 +160,7 @@ class ProcessRewardModel:
                 raise ValueError(
                     f"{self.__name__!r} brings its own code. Read it, then set trust_remote_code=True and a revision."
                 )
-        device = PartialState().device
+        device = torch.device(self.device) if self.device else PartialState().device
         options: dict[str, Any] = {"dtype": self.dtype}
         if self.load_in_4bit:
             options["quantization_config"] = BitsAndBytesConfig(

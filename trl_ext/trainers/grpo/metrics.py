@@ -59,9 +59,14 @@ def advantage_metrics(batch: RewardBatch, advantages: torch.Tensor, outcomes: bo
     std = math.sqrt(weighted_mean((per_token - mean).square(), weights).item())
     metrics = {"advantages/mean": mean.item(), "advantages/std": std}
     if outcomes and batch.num_generations > 1:
-        returns, scored = batch.group(batch.outcome.sum(1)), batch.group(batch.outcome_scored.any(1))
-        metrics["advantages/frac_groups_zero_std"] = is_constant(returns, scored, dim=1).double().mean().item()
+        metrics["advantages/frac_groups_zero_std"] = frac_groups_zero_std(batch)
     return metrics
+
+
+def frac_groups_zero_std(batch: RewardBatch) -> float:
+    """The fraction of prompts whose scored completions all have one reward."""
+    returns, scored = batch.group(batch.outcome.sum(1)), batch.group(batch.outcome_scored.any(1))
+    return is_constant(returns, scored, dim=1).double().mean().item()
 
 
 def step_metrics(batch: RewardBatch, step_ends: torch.Tensor, advantages: torch.Tensor) -> dict[str, Any]:
