@@ -28,7 +28,7 @@ _OF_EVERY_TRAINER = {
 }
 # What we override, call or replace, with the names of its first parameters.
 PARAMETERS: dict[str, tuple[str, ...]] = {
-    **{f"{trainer}.{method}": names for trainer in (_GRPO, _DPO, _ASYNC) for method, names in _OF_EVERY_TRAINER.items()},
+    **{f"{cls}.{method}": names for cls in (_GRPO, _DPO, _ASYNC) for method, names in _OF_EVERY_TRAINER.items()},
     f"{_GRPO}._prepare_inputs": ("self", "generation_batch"),
     f"{_GRPO}.training_step": ("self", "model", "inputs", "num_items_in_batch"),
     f"{_GRPO}._get_train_sampler": ("self", "dataset"),
