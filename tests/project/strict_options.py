@@ -3,7 +3,9 @@
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
+from recipes.async_grpo import RunArguments
 from trl_ext.lookup import import_path
+from trl_ext.trainers.async_grpo import AsyncGRPOConfig
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.ppo import PPOConfig
@@ -12,14 +14,16 @@ KINDS = {
     "grpo": (GRPOScriptArguments, GRPOConfig),
     "dpo": (ScriptArguments, DPOConfig),
     "ppo": (GRPOScriptArguments, PPOConfig),
+    "async": (RunArguments, AsyncGRPOConfig),
 }
 ON_THIS_MACHINE = {"bf16": False, "use_cpu": True}
 
 
 def read_options(command, options):
-    """The config that `trl-ext <command>` makes of them, its reward functions imported."""
+    """The config that `trl-ext <command>`, or the script for `async`, makes of them, its reward functions imported."""
     script_arguments, config_class = KINDS[command]
-    parser = TrlParser((script_arguments, config_class, ModelConfig, DatasetMixtureConfig))
+    also = () if command == "async" else (ModelConfig, DatasetMixtureConfig)
+    parser = TrlParser((script_arguments, config_class, *also))
     assert parser.set_defaults_with_config(**options | ON_THIS_MACHINE) == []
     script_args, config, *_ = parser.parse_args_into_dataclasses(args=[])
     for reward in getattr(script_args, "reward_funcs", None) or []:

@@ -21,12 +21,14 @@ import trl_ext
 from trl_ext import upstream
 from trl_ext.cli.parser import GRPO_LOSSES, parser_class
 from trl_ext.functional.preference import PREFERENCE_LOSSES
+from trl_ext.trainers.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.dpo.losses import TRL_LOSSES
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.grpo import GRPOTrainer as OurGRPOTrainer
 from trl_ext.trainers.grpo.exact_kl import lm_head
 from trl_ext.trainers.ppo import PPOConfig, PPOTrainer
+from trl_ext.trainers.shared_options import SharedOptions
 from trl_ext.upstream import CHECKS, PARAMETERS, UpstreamChanged
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -58,9 +60,10 @@ def path_of(thing):
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-@pytest.mark.parametrize(
-    "ours", [OurGRPOTrainer, DPOTrainer, PPOTrainer, GRPOConfig, DPOConfig, PPOConfig, parser_class()]
-)
+OURS = [OurGRPOTrainer, DPOTrainer, PPOTrainer, AsyncGRPOTrainer, GRPOConfig, DPOConfig, PPOConfig, AsyncGRPOConfig]
+
+
+@pytest.mark.parametrize("ours", [*OURS, parser_class()])
 def test_every_overridden_method_is_listed(ours):
     parent = upstream.trl_class(ours)
     for name in overridden(ours):
@@ -79,7 +82,9 @@ def test_the_losses_of_grpo_are_those_that_trl_compares_with():
     assert compared == {*GRPO_LOSSES}
 
 
-@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, GRPOConfig, DPOConfig])
+@pytest.mark.parametrize(
+    "ours", [OurGRPOTrainer, DPOTrainer, AsyncGRPOTrainer, GRPOConfig, DPOConfig, AsyncGRPOConfig]
+)
 def test_the_design_page_is_right_about_every_override(ours):
     page = (PACKAGE.parent / "docs/design.md").read_text()
     table = page[page.index("| part of TRL |") :]
@@ -107,7 +112,7 @@ def test_an_overridden_method_that_is_not_listed_is_found():
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_function_of_trl_that_is_called_is_listed(path):
     """Functions imported from the inside of TRL, and private methods of its trainers."""
-    parents = [upstream.trl_class(trainer) for trainer in (OurGRPOTrainer, DPOTrainer)]
+    parents = [upstream.trl_class(trainer) for trainer in (OurGRPOTrainer, DPOTrainer, AsyncGRPOTrainer)]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl."):
             module = importlib.import_module(node.module)
@@ -174,7 +179,8 @@ def test_no_field_of_ours_is_a_field_of_trl():
     ours = GRPOConfig.__dataclass_fields__.keys() - theirs.keys()
     assert ours >= {"advantage_estimator", "advantage_kwargs", "kl_estimator", "kl_placement", "callback_paths"}
     declared = {name for name in GRPOConfig.__annotations__ if not name.startswith("_")}
-    assert declared == ours, "a field of ours exists in TRL's config"
+    assert declared | {*SharedOptions.__annotations__} == ours, "a field of ours exists in TRL's config"
+    assert not declared & {*SharedOptions.__annotations__}
 
 
 def test_no_new_field_of_ppo_is_a_field_of_trl():

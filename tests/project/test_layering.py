@@ -12,7 +12,7 @@ HEAVY = {"trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes"
 # From the bottom up. A module imports those of its own line if it is the same package, and those of the lines before.
 LAYERS = [
     {"functional"},
-    {"papers", "lookup", "upstream"},
+    {"papers", "lookup", "upstream", "upstream_async"},
     {"rewards", "packed"},
     {"trainers"},
     {"registration"},
@@ -20,7 +20,17 @@ LAYERS = [
     {"cli", "__main__"},
     {"__init__"},
 ]
-SEES_TRL = {"upstream", "rewards", "packed", "trainers", "registration", "scripts", "cli", "__main__"}
+SEES_TRL = {
+    "upstream",
+    "upstream_async",
+    "rewards",
+    "packed",
+    "trainers",
+    "registration",
+    "scripts",
+    "cli",
+    "__main__",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -98,7 +98,10 @@ class TurnCuts(StepCuts):
 
 
 class GroupCalls(RewardCalls):
-    """The calls of the reward functions for one group."""
+    """The calls of the reward functions for one group: no other process knows of it."""
+
+    def _of_all_processes(self):
+        return [self._kinds]
 
     @property
     def steps_given(self) -> bool:

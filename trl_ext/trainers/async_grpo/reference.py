@@ -20,7 +20,7 @@ class FirstOutput:
     """Stands for the model in one call of TRL's loss, and keeps what it returned."""
 
     def __init__(self, model: Any):
-        self._model, self._outputs = model, []
+        self._model, self._outputs = model, list[Any]()
 
     def __call__(self, **kwargs):
         self._outputs.append(self._model(**kwargs))

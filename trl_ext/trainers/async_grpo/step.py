@@ -66,13 +66,15 @@ class StepAdvantages:
             taking_part = [layout.mask & ~value.isnan() for layout, value in zip(layouts, values, strict=True)]
             self._log(self._sums(values, taking_part))
         else:
-            values = self._over_the_step(values, [layout.mask for layout in layouts], kl_penalties)
+            values = self._over_the_step(self.across, values, [layout.mask for layout in layouts], kl_penalties)
         for batch, layout, value in zip(batches, layouts, values, strict=True):
             batch["advantages"] = layout.flat(value.nan_to_num().float())
 
-    def _over_the_step(self, values: list, masks: list, kl_penalties: list | None) -> list[torch.Tensor]:
+    def _over_the_step(
+        self, row: Estimator, values: list, masks: list, kl_penalties: list | None
+    ) -> list[torch.Tensor]:
         """The function across prompts on the rows of all processes; back the rows of each micro-batch of this one."""
-        row, columns = self.across, [values, masks, *([kl_penalties] if kl_penalties else [])]
+        columns = [values, masks, *([kl_penalties] if kl_penalties else [])]
         stacked = torch.stack([_above_each_other(column) for column in columns], dim=-1)
         everything, own = self._gathered(stacked)
         values_of_all, mask = everything[..., 0].double(), everything[..., 1].bool()
@@ -83,9 +85,9 @@ class StepAdvantages:
         if not batch.trainable.any():
             advantages = torch.zeros_like(values_of_all)
         else:
-            advantages = row.function(batch, **self._kwargs)  # type: ignore[union-attr]
+            advantages = row.function(batch, **self._kwargs)
         self._log(_sums_of([advantages], [scored]))
-        self._log_facts(batch, advantages)
+        self._log_facts(row, batch, advantages)
         return [*advantages[own].split([len(value) for value in values])]
 
     def _gathered(self, local: torch.Tensor) -> tuple[torch.Tensor, slice]:
@@ -106,16 +108,15 @@ class StepAdvantages:
         metrics["advantages/mean"].append(mean)
         metrics["advantages/std"].append(math.sqrt(max(squares / count - mean**2, 0.0)) if count else math.nan)
 
-    def _log_facts(self, batch: RewardBatch, advantages: torch.Tensor) -> None:
+    def _log_facts(self, row: Estimator, batch: RewardBatch, advantages: torch.Tensor) -> None:
         """What the row has to say about a step: further numbers, and what a KL in the reward is divided by."""
-        row, found = self.across, {}
-        if row.metrics is not None:  # type: ignore[union-attr]
-            found |= row.metrics(batch, advantages, **self._kwargs)  # type: ignore[union-attr]
-        if row.std is not None and batch.kl_penalty is not None:  # type: ignore[union-attr]
+        found: dict[str, float] = {}
+        if row.metrics is not None:
+            found |= row.metrics(batch, advantages, **self._kwargs)
+        if row.std is not None and batch.kl_penalty is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the estimator has warned
-                std = row.std(batch, **self._kwargs).item()  # type: ignore[union-attr]
-            found["kl/effective_beta"] = self.trainer.beta / std
+                found["kl/effective_beta"] = self.trainer.beta / row.std(batch, **self._kwargs).item()
         for name, value in found.items():
             self.trainer._metrics["train"][name].append(value)
 

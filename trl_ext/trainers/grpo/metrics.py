@@ -29,7 +29,7 @@ def kl_sums(
     ratio = (logps - old_logps).clamp(-SATURATION, SATURATION).exp()
     estimates = [ratio * estimator(logps, ref_logps) for estimator in (k1, k2, k3)]
     saturated = ((logps - ref_logps).abs() > SATURATION).float()
-    counts = [trainable.sum(), trainable.any(1).sum(), mask.new_tensor(len(mask))]
+    counts = [trainable.sum(), trainable.any(1).sum(), torch.tensor(len(mask)).to(mask.device)]
     return torch.stack([x.sum().float() for x in (per_token_kl.detach(), *estimates, saturated, *counts)])
 
 
