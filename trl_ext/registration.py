@@ -158,7 +158,7 @@ def _bind(name: str, module: str, finder: "_Finder") -> None:
     if held is not getattr(ours, name):
         check_parameters(held)
         setattr(theirs, name, getattr(ours, name))
-    finder.originals.setdefault((module, name), original)  # a package may have imported ours from the home
+    finder.originals[module, name] = original  # a package may have imported ours from the home
 
 
 class _Finder(importlib.abc.MetaPathFinder):

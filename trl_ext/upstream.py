@@ -56,6 +56,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_ASYNC}.get_batch_samples": ("self", "epoch_iterator", "num_batches", "device"),
     f"{_ENGINE}.async_grpo_config.AsyncGRPOConfig.get_process_log_level": ("self",),
     f"{_ENGINE}.async_rollout_worker._AsyncRolloutLoop._score_group": ("self", "group"),
+    f"{_ENGINE}.async_rollout_worker._child_main": ("loop_cls", "loop_kwargs"),
     "trl.trainer.grpo_config.GRPOConfig.get_process_log_level": ("self",),
     "trl.trainer.dpo_config.DPOConfig.get_process_log_level": ("self",),
     "trl.trainer.utils.is_async_callable": ("func",),
@@ -300,20 +301,11 @@ def _tiny_trainer(folder: str) -> Any:
     )  # fmt: skip
 
 
-def _of_the_engine(check: str) -> None:
-    from . import upstream_async
-
-    getattr(upstream_async, check)()
-
-
 CHECKS: dict[str, Callable[[], None]] = {
     "names of trl and trl.trainer are looked up when they are asked for": _lazy_names,
     "training commands start their workers through launch_training_script": _launcher,
     **{f"parameters of {path.removeprefix('trl.')}": partial(_parameters, path) for path in PARAMETERS},
     "GRPO's loss multiplies beta and the KL once": _kl_product,
     "a packed row reaches the attention function, and the fused LM head says how it scores": _packed_rows,
-    "asynchronous GRPO: two numbers per token reach the loss": partial(_of_the_engine, "check_columns"),
-    "asynchronous GRPO: the loss runs the model once": partial(_of_the_engine, "check_one_forward"),
-    "asynchronous GRPO: the worker's _loop_cls": partial(_of_the_engine, "check_rollout_process"),
     "GRPO scores a generation batch once and takes the log-probs once per loss": _one_generation_batch,
 }

@@ -1,12 +1,14 @@
 """
 The parts of TRL's asynchronous engine that trl_ext depends on beyond names and parameters, and quick checks of them.
-Part of `upstream.CHECKS`; nothing here is loaded unless it is asked for.
+
+`trl-ext env --check` and the contract tests run them after those of `upstream`. Only the checks load the engine.
 """
 
 import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from .upstream import UpstreamChanged, trl_class
@@ -54,3 +56,10 @@ def check_rollout_process() -> None:
         raise UpstreamChanged("AsyncRolloutWorker has no _loop_cls that it hands to its process")
     if "loop_cls(" not in inspect.getsource(_child_main):
         raise UpstreamChanged("the rollout process does not make its loop by the class that it is given")
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "asynchronous GRPO: two numbers per token reach the loss": check_columns,
+    "asynchronous GRPO: the loss runs the model once": check_one_forward,
+    "asynchronous GRPO: the rollout process makes its loop by the worker's _loop_cls": check_rollout_process,
+}

@@ -244,7 +244,7 @@ import sys
 import trl_ext
 trl_ext.register()
 from trl import GRPOTrainer
-assert "trl.experimental" not in sys.modules and "trl_ext.trainers.async_grpo" not in sys.modules
+assert not {"trl.experimental.async_grpo", "trl_ext.trainers.async_grpo"} & {*sys.modules}
 
 def forget():
     for name in [name for name in sys.modules if name.startswith(("trl_ext.trainers.async_grpo", "trl.experimental"))]:

@@ -18,7 +18,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 import trl_ext
-from trl_ext import upstream
+from trl_ext import upstream, upstream_async
 from trl_ext.cli.parser import GRPO_LOSSES, parser_class
 from trl_ext.functional.preference import PREFERENCE_LOSSES
 from trl_ext.trainers.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
@@ -34,9 +34,26 @@ from trl_ext.upstream import CHECKS, PARAMETERS, UpstreamChanged
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
 
 
-@pytest.mark.parametrize("part", CHECKS)
+@pytest.mark.parametrize("part", [*CHECKS, *upstream_async.CHECKS])
 def test_a_part_of_trl_is_as_expected(part):
-    CHECKS[part]()
+    {**CHECKS, **upstream_async.CHECKS}[part]()
+
+
+def test_a_changed_engine_is_noticed(monkeypatch):
+    from trl.experimental.async_grpo import async_rollout_worker, packing
+
+    theirs = packing.TreeRow.pack
+    with monkeypatch.context() as patched:
+        patched.setattr(packing.TreeRow, "pack", lambda row: theirs(row) | {"old_log_probs": torch.zeros(1)})
+        with pytest.raises(UpstreamChanged, match="two numbers per token do not pass through"):
+            upstream_async.check_columns.__wrapped__()
+    with monkeypatch.context() as patched:
+        patched.setattr(upstream.trl_class(AsyncGRPOTrainer), "compute_loss", lambda self, model: model() + model())
+        with pytest.raises(UpstreamChanged, match="runs the model 2 times"):
+            upstream_async.check_one_forward()
+    monkeypatch.delattr(async_rollout_worker.AsyncRolloutWorker, "_loop_cls")
+    with pytest.raises(UpstreamChanged, match="_loop_cls"):
+        upstream_async.check_rollout_process()
 
 
 PACKAGE = Path(trl_ext.__file__).parent

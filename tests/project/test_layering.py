@@ -12,7 +12,8 @@ HEAVY = {"trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes"
 # From the bottom up. A module imports those of its own line if it is the same package, and those of the lines before.
 LAYERS = [
     {"functional"},
-    {"papers", "lookup", "upstream", "upstream_async"},
+    {"papers", "lookup", "upstream"},
+    {"upstream_async"},
     {"rewards", "packed"},
     {"trainers"},
     {"registration"},
