@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,8 +9,11 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share the cores
 if not any("tests/gpu" in argument for argument in sys.argv):
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; processes of tests inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+from theorems import pytest_addoption, pytest_configure, pytest_runtest_call  # noqa: F401  hooks
 
 _TESTS = Path(__file__).parent
 # For the processes that tests start: the package under test, the recipes and the helpers.

@@ -1,9 +1,11 @@
 """`python -m trl_ext script.py …` or `python -m trl_ext -m module …`: runs it after `trl_ext.register()`."""
 
+import atexit
 import importlib.machinery
 import os
 import runpy
 import sys
+import threading
 import traceback
 import types
 
@@ -23,28 +25,50 @@ def main() -> None:
     register()
     sys.excepthook = _print_from_the_script_on
     sys.argv = arguments[as_module:]
-    if as_module:
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        return
     try:
-        _run_script(sys.argv[0])
+        if as_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            _run_script(sys.argv[0])
     except ValueError as error:
-        if not _is_refusal(error):
+        if as_module or not _is_refusal(error):
             raise
         print(f"trl-ext: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    state = sys.modules.get("accelerate.state")
+    if state is not None and "gloo" in str(state.PartialState._shared_state.get("backend")):
+        _leave_gloo()
+
+
+def _leave_gloo() -> None:
+    """
+    Ends a finished worker of a gloo group without taking the interpreter down; exit handlers run.
+
+    A thread of gloo drops the tensors of a collective some time after the collective has ended, and needs the
+    interpreter for it. If that is being taken down by then, the process aborts, or never ends (torch 2.13).
+    `destroy_process_group`, which TRL's scripts call, waits for these threads only if nobody else holds the group, but
+    DDP does.
+    """
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _is_refusal(error: ValueError) -> bool:
     """
-    Whether we refuse, before the first step, what `trl-ext` was given: in a script of TRL's nothing of the user's is
-    in the traceback. In any other script the traceback shows the user's line.
+    Whether we refuse, before the first step, what `trl-ext` was given: in a script of TRL's, or of ours, nothing of
+    the user's is in the traceback. In any other script the traceback shows the user's line.
     """
     frames = traceback.extract_tb(error.__traceback__)
     last, package = frames[-1], os.path.join(os.path.dirname(__file__), "")
     raised_by_us = last.filename.startswith(package) and (last.line or "").startswith("raise ")  # and no bug of ours
-    in_trls_script = os.path.dirname(os.path.realpath(sys.argv[0])).endswith(os.path.join("trl", "scripts"))
-    return raised_by_us and in_trls_script and all(frame.name != "_inner_training_loop" for frame in frames)
+    folders = tuple(os.path.join(os.sep, name, "scripts") for name in ("trl", "trl_ext"))
+    in_a_script = os.path.dirname(os.path.realpath(sys.argv[0])).endswith(folders)
+    return raised_by_us and in_a_script and all(frame.name != "_inner_training_loop" for frame in frames)
 
 
 def _run_script(name: str) -> None:

@@ -65,6 +65,13 @@ PAPERS: dict[str, Paper] = {
         2024,
         "2402.03300",
     ),
+    "prorl": Paper(
+        "liu2025prorl",
+        "ProRL: Prolonged Reinforcement Learning Expands Reasoning Boundaries in Large Language Models",
+        "Mingjie Liu and Shizhe Diao and Ximing Lu and Jian Hu and Xin Dong and Yejin Choi and Jan Kautz and Yi Dong",
+        2025,
+        "2505.24864",
+    ),
     "rloo": Paper(
         "ahmadian2024back",
         "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in LLMs",
@@ -131,6 +138,14 @@ PAPERS: dict[str, Paper] = {
         "Zhifang Sui",
         2023,
         "2312.08935",
+    ),
+    "omegaprm": Paper(
+        "luo2024improve",
+        "Improve Mathematical Reasoning in Language Models by Automated Process Supervision",
+        "Liangchen Luo and Yinxiao Liu and Rosanne Liu and Samrat Phatale and Meiqi Guo and Harsh Lara and Yunxuan Li "
+        "and Lei Shu and Yun Zhu and Lei Meng and Jiao Sun and Abhinav Rastogi",
+        2024,
+        "2406.06592",
     ),
     "qwen_math_prm": Paper(
         "zhang2025lessons",

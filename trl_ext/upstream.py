@@ -34,7 +34,6 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_GRPO}._get_train_sampler": ("self", "dataset"),
     f"{_GRPO}._generate_and_score_completions": ("self", "inputs"),
     f"{_GRPO}._generate": ("self", "prompts"),
-    f"{_GRPO}._generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "num_generations"),
     f"{_GRPO}._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     f"{_GRPO}._get_per_token_logps_and_entropies": (
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
@@ -59,6 +58,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_ENGINE}.async_rollout_worker._child_main": ("loop_cls", "loop_kwargs"),
     "trl.trainer.grpo_config.GRPOConfig.get_process_log_level": ("self",),
     "trl.trainer.dpo_config.DPOConfig.get_process_log_level": ("self",),
+    "trl.trainer.callbacks.SyncRefModelCallback.sync_target_model": ("model", "target_model", "alpha"),
     "trl.trainer.utils.is_async_callable": ("func",),
     "trl.trainer.utils.selective_log_softmax": ("logits", "index"),
     "trl.trainer.utils.use_adapter": ("model", "adapter_name"),
@@ -250,8 +250,7 @@ def _tiny_model() -> Any:
 def _packed_rows() -> None:
     """A packed row needs the fused head's settings, a mask that is left alone, and a keyword for its layout."""
     import torch
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from trl.trainer.utils import add_fused_lm_head
 
     seen, model, name = [], _tiny_model(), "trl_ext_check"
@@ -260,13 +259,17 @@ def _packed_rows() -> None:
         seen.append((tuple(attention_mask.shape), kwargs.get("shared_prefix")))
         return query.transpose(1, 2), None
 
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
     add_fused_lm_head(model)
     fused_head(model.forward)
-    model.config._attn_implementation = name
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    model.base_model(input_ids=torch.tensor([[2, 3]]), attention_mask=mask, shared_prefix="layout", use_cache=False)
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    try:
+        model.config._attn_implementation = name
+        model.base_model(
+            input_ids=torch.tensor([[2, 3]]), attention_mask=mask, shared_prefix="layout", use_cache=False
+        )
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]
     if seen != [((1, 1, 1, 1), "layout")]:
         raise UpstreamChanged("transformers does not hand mask and keywords on to the attention function as they are")
 

@@ -45,6 +45,8 @@ class Case(NamedTuple):
     prompts: int
     ragged: bool = False
     kl: str = "k3"  # ours: "k3", "exact", or "reward", the k1 of one more pass; TRL's is always k3
+    passes: int = 1  # over the same rows; of several, TRL's old log-probs are one more without gradient
+    reference: bool = True  # whether one is run, for both
 
 
 CASES = {
@@ -56,6 +58,8 @@ CASES = {
         "GRPO ragged 512/<=1024/8": Case(512, 1024, 8, 2, True),
         "DPO 384/128": Case(384, 128, 2, 16),
         "DPO 128/128": Case(128, 128, 2, 16),
+        "DPO 384/128, references known": Case(384, 128, 2, 16, reference=False),
+        "reused once, 512/128/8": Case(512, 128, 8, 4, passes=2),
         "exact KL, 512/128/8": Case(512, 128, 8, 4, kl="exact"),
         "nothing shared 2/512/1": Case(2, 512, 1, 32),
     },
@@ -67,6 +71,8 @@ CASES = {
         "GRPO 256/64/4": Case(256, 64, 4, 2),
         "DPO 384/128": Case(384, 128, 2, 4),
         "DPO 128/128": Case(128, 128, 2, 4),
+        "DPO 384/128, references known": Case(384, 128, 2, 4, reference=False),
+        "reused once, 256/64/4": Case(256, 64, 4, 2, passes=2),
         "exact KL, 256/64/4": Case(256, 64, 4, 2, kl="exact"),
         "k1 in the reward, 256/64/4": Case(256, 64, 4, 2, kl="reward"),
         "nothing shared 2/128/1": Case(2, 128, 1, 8),
@@ -134,27 +140,39 @@ def limit(case: Case, dims: str, shrink: int = 1, r: int = 16) -> tuple[float, f
     return padded, total(case.prompts * (p - 1) + scored, pairs, 3)
 
 
-def step(model, optimizer, data, weight, kl: str = "k3", shared=None):
-    """One micro-batch; `shared` gives the exact KL."""
+def step(model, optimizer, data, weight, kl: str = "k3", shared=None, passes: int = 1, old: bool = False):
+    """
+    One micro-batch, `passes` times. `kl` "none": no reference is run; "exact": `shared` gives it. `old`: whether old
+    log-probs have a pass of their own.
+    """
+    reference = torch.zeros(())
     with torch.no_grad(), model.disable_adapter():
         if kl == "exact":
             with shared.collecting() as states:
                 reference = model(**data, fused_lm_head=True).log_probs
-        else:
+        elif kl != "none":
             reference = model(**data, fused_lm_head=True).log_probs
     if kl == "reward":
         with torch.no_grad():
             weight = weight - 0.04 * (model(**data, fused_lm_head=True).log_probs - reference)
-    if kl == "exact":
-        with shared.exact_kl(torch.cat(states)[:, :-1]) as found:
-            loss = weight * model(**data, fused_lm_head=True).log_probs + 0.04 * found[0]
-    else:
-        logps = model(**data, fused_lm_head=True).log_probs
-        difference = reference - logps
-        loss = weight * logps + (0.04 * (difference.exp() - difference - 1) if kl == "k3" else 0.0)
-    loss.mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    before = None
+    if old:
+        with torch.no_grad():
+            before = model(**data, fused_lm_head=True).log_probs
+    for _ in range(passes):
+        if kl == "exact":
+            with shared.exact_kl(torch.cat(states)[:, :-1]) as found:
+                logps = model(**data, fused_lm_head=True).log_probs
+            penalty = 0.04 * found[0]
+        else:
+            logps = model(**data, fused_lm_head=True).log_probs
+            difference = reference - logps
+            penalty = 0.04 * (difference.exp() - difference - 1) if kl == "k3" else 0.0
+        before = logps.detach() if before is None else before
+        loss = weight * (logps - before).exp() + penalty
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 class Clock:
@@ -277,6 +295,52 @@ def heads(clock: Clock, dims: str, device: str, dtype: torch.dtype, tokens: int,
     return {"seconds": in_turns(clock, functions, steps), "peak_mib": memory}
 
 
+def sampled(model, prompts: torch.Tensor, mask: torch.Tensor, new: int, clock: Clock) -> dict[str, Any]:
+    """Log-probs of `new` tokens per row: generation's minus those of TRL's forward on the finished rows, in nats."""
+    kept: dict[str, Any] = {}
+
+    def generation():
+        kept["generated"] = model.generate(
+            input_ids=prompts, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, use_cache=True,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+
+    def forward():
+        ids = kept["generated"].sequences
+        whole = torch.cat([mask, torch.ones_like(ids[:, -new:])], 1)
+        labels = ids.masked_fill(whole == 0, -100)
+        labels[:, :-new] = -100
+        kept["logps"] = model(input_ids=ids, attention_mask=whole, labels=labels, fused_lm_head=True).log_probs
+
+    seconds = {"generation": clock(generation), "forward": clock(forward)}
+    logps = torch.stack(kept["generated"].logits, 1).float().log_softmax(-1)
+    tokens = kept["generated"].sequences[:, -new:, None]
+    difference = logps.gather(-1, tokens)[..., 0] - kept["logps"][:, -new:].float()
+    return {
+        "largest": difference.abs().max().item(), "of a token": difference.square().mean().sqrt().item(),
+        "of a completion": difference.sum(1).square().mean().sqrt().item(), "seconds": seconds,
+    }  # fmt: skip
+
+
+def sampler(dims: str, device: str, clock: Clock, shrink: int = 1) -> dict[str, Any]:
+    """[`sampled`] in float32 and under bf16 autocast: also the k1 to a reference that is the policy, which is 0."""
+    base, model = build(dims, device, torch.float32)
+    model.eval()
+    with torch.no_grad():
+        base.get_output_embeddings().weight.mul_(8)  # logits that spread as those of a language model do
+    base.generation_config.update(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=None)
+    prompts = batch(Case(64, 1, 4, 2), DIMENSIONS[dims][-1], device, shrink)["input_ids"][:, :-1]
+    mask = torch.ones_like(prompts)
+    for row in range(1, len(prompts), 2):  # as TRL pads
+        mask[row, :row] = prompts[row, :row] = 0
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        autocast = torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)
+        with torch.no_grad(), autocast:
+            found[str(dtype)] = sampled(model, prompts, mask, max(2, 128 // shrink), clock)
+    return found
+
+
 class Steps:
     """Both forwards of one model."""
 
@@ -292,20 +356,22 @@ class Steps:
         data = batch(case, DIMENSIONS[self.dims][-1], self.device, shrink)
         weight = torch.randn(data["labels"][:, 1:].shape, device=self.device)
 
-        def run(forward: Any, kl: str) -> Callable:
+        def run(forward: Any, kl: str, old: bool = False) -> Callable:
             def once():
                 self.base.forward = forward
-                step(self.model, self.optimizer, data, weight, kl, self.shared)
+                kind = kl if case.reference else "none"
+                step(self.model, self.optimizer, data, weight, kind, self.shared, case.passes, old)
 
             return once
 
         self.shared.counts = dict.fromkeys(self.shared.counts, 0)
-        functions = {"trl": run(self.theirs, "k3"), "ours": run(self.ours, case.kl)}
+        functions = {"trl": run(self.theirs, "k3", old=case.passes > 1), "ours": run(self.ours, case.kl)}
         seconds = in_turns(clock, functions, steps)
         counts = dict(self.shared.counts)
         padded, least = limit(case, self.dims, shrink)
+        plain = case.kl == "k3" and case.passes == 1 and case.reference  # what the formula is for
         result = {
-            "ratio": seconds["trl"] / seconds["ours"], "limit": padded / least if case.kl == "k3" else None,
+            "ratio": seconds["trl"] / seconds["ours"], "limit": padded / least if plain else None,
             "seconds": seconds, "tflops": least / seconds["ours"] / 1e12,
             "tokens": counts["packed_tokens"] / max(1, counts["packed"]), "padded": data["input_ids"].numel(),
             "peak_mib": {name: peak(self.device, function) for name, function in functions.items()},
@@ -328,6 +394,9 @@ def parsed():
     parser.add_argument("--steps", type=int, default=8, help="Steps of each kind, behind two that are not counted.")
     parser.add_argument("--budget", type=float, default=420, help="Seconds after which no part is begun.")
     parser.add_argument("--shrink", type=int, default=1, help="Divides all lengths, for a trial run.")
+    parser.add_argument(
+        "--like", choices=CASES, help="The cases of this device; for a trial run of the GPU's on a CPU."
+    )
     parser.add_argument("--cases", default="", help="Only the cases whose name contains this.")
     parser.add_argument("--out", default="shared_prefix.json")
     return parser.parse_args()
@@ -362,8 +431,10 @@ def main() -> None:
     if not a.cases:
         part("equality float32", lambda: equality("tiny", a.device, torch.float32))
         part("equality bf16", lambda: equality("0.5b" if cuda else "tiny", a.device, torch.bfloat16))
+    if a.cases in "the sampler's log-probs":
+        part("the sampler's log-probs", lambda: sampler(a.dims, a.device, clock, a.shrink))
     steps = Steps(a.dims, a.device, dtype)
-    for name, case in CASES["cuda" if cuda else "cpu"].items():
+    for name, case in CASES[a.like or ("cuda" if cuda else "cpu")].items():
         if a.cases in name:
             part(name, lambda case=case: steps.measured(case, clock, a.steps, a.shrink))
     if not a.cases:

@@ -113,14 +113,14 @@ def training_batch(tokenizer, rng: random.Random, base: Base, num_moves: int) ->
     return {"input_ids": input_ids, "labels": labels}
 
 
-def pretrain(model, tokenizer, base: Base, curriculum: list[tuple[int, int]], rng: random.Random) -> None:
-    """Train `model` in place on flawed answers, over stages of so many steps on problems of 1 to so many moves."""
+def pretrain(model, tokenizer, base: Base, curriculum: list[tuple[int, int]], rng: random.Random, fewest=1) -> None:
+    """Train `model` in place on flawed answers, over stages of so many steps on problems of up to so many moves."""
     steps = [max_moves for num_steps, max_moves in curriculum for _ in range(num_steps)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=len(steps), pct_start=0.1)
     model.train()
     for step, max_moves in enumerate(steps, start=1):
-        batch = training_batch(tokenizer, rng, base, rng.randint(1, max_moves))
+        batch = training_batch(tokenizer, rng, base, rng.randint(fewest, max_moves))
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

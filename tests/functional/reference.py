@@ -194,3 +194,41 @@ def gae(rows, masks, scored, values, without_kl, gamma=1.0, lam=0.95):
     advantages = [lambda_advantages(*row, gamma, lam) for row in zip(rows, masks, values, strict=True)]
     to_go = [reward_to_go(r, m, gamma) for r, m in zip(without_kl, masks, strict=True)]
     return _whitened(advantages, to_go, masks, scored, "token", 0, "whiten")
+
+
+def prime(steps, outcomes, masks, size, process_weight=1.0, outcome_weight=1.0):
+    """
+    Arxiv 2502.01456 as its authors' program does it, source by source. `steps`: rows with `None` for tokens without a
+    reward; `outcomes`: numbers, or `None`.
+    """
+    width = len(masks[0])
+    totals = [[0.0] * width for _ in masks]
+    at_end = []
+    for mask, outcome in zip(masks, outcomes, strict=True):
+        last = max((t for t in range(width) if mask[t]), default=0)
+        at_end.append([outcome if t == last else None for t in range(width)])
+    for source, weight in ((steps, process_weight), (at_end, outcome_weight)):
+        for start in range(0, len(masks), size):
+            rows = [i for i in range(start, start + size) if any(x is not None for x in source[i])]
+            n = len(rows)
+            if n < 2:
+                continue
+            known = [[x for x in source[i] if x is not None] for i in rows]
+            baseline = sum(sum(row) / len(row) for row in known) / (n - 1)
+            for i in rows:
+                for t, x in enumerate(source[i]):
+                    if x is not None:
+                        totals[i][t] += weight * (x * n / (n - 1) - baseline)
+    scored = [o is not None or any(x is not None for x in row) for o, row in zip(outcomes, steps, strict=True)]
+    learns = [[bool(m) and s for m in mask] for mask, s in zip(masks, scored, strict=True)]
+    to_go = [reward_to_go(row, mask) for row, mask in zip(totals, learns, strict=True)]
+    values = [x for row, mask in zip(to_go, learns, strict=True) for x, m in zip(row, mask, strict=True) if m]
+    if not values:
+        return [[0.0] * width for _ in masks]
+    mean = sum(values) / len(values)
+    degrees = len(values) - 1 if len(values) > 1 else len(values)
+    std = math.sqrt(sum((x - mean) ** 2 for x in values) / degrees + 1e-8)
+    return [
+        [(x - mean) / std if m else 0.0 for x, m in zip(row, mask, strict=True)]
+        for row, mask in zip(to_go, learns, strict=True)
+    ]

@@ -12,6 +12,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from theorems import proves
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.functional.rewards import RewardBatch, reward_at_end
@@ -401,6 +402,10 @@ def written(name, case, **options):
         return reference.reinforce_plus_plus_baseline(rows, masks, known, outcomes, case.size, without_kl, **options)
     if name == "gae":
         return reference.gae(rows, masks, known, case.values, case.without_kl, **options)
+    if name == "prime":
+        steps = [[None if math.isnan(x) else x for x in row] for row in case.steps]
+        alone = [None if math.isnan(x) else x for x in case.returns]
+        return reference.prime(steps, alone, masks, case.size, **options)
     if name == "process_group_relative":
         steps, ends = (
             [[value(t, x) for t, x in enumerate(row) if not math.isnan(x)] for row in case.steps]
@@ -469,6 +474,12 @@ def test_scale_and_shift_of_the_reward_do_not_matter(name):
     close(outcome(name, [3 * x + 7 for x in GROUPS], LENGTHS), base, atol=1e-2 if name in PER_GROUP else 1e-6)
 
 
+@pytest.mark.theorem(
+    "Advantages",
+    "The advantages of `reinforce_plus_plus` have mean 0 over the batch",
+    paper="reinforce_plus_plus",
+    at_most=1e-12,
+)
 @pytest.mark.parametrize("weighting", ["token", "sequence"])
 def test_reinforce_plus_plus_has_mean_zero_and_unit_variance_over_the_batch(weighting):
     mask = mask_of(LENGTHS).double()
@@ -476,7 +487,7 @@ def test_reinforce_plus_plus_has_mean_zero_and_unit_variance_over_the_batch(weig
     advantages = estimate("reinforce_plus_plus", batch, weighting=weighting)
     weights = mask if weighting == "token" else mask / mask.sum(1, keepdim=True)
     mean = (weights * advantages).sum() / weights.sum()
-    close(mean, 0.0, atol=1e-12)
+    proves(mean)
     close((weights * advantages.square()).sum() / weights.sum(), 1.0, atol=1e-6)
 
 
@@ -484,19 +495,38 @@ def test_center_subtracts_the_batch_mean_only():
     close(outcome("reinforce_plus_plus", GROUPS, norm="center"), [x - 0.5875 for x in GROUPS])
 
 
+@pytest.mark.theorem(
+    "Advantages",
+    "`group_relative`, `group_mean` and `leave_one_out` sum to 0 over the completions of a prompt",
+    paper="deepseekmath",
+    at_most=1e-12,
+)
 @pytest.mark.parametrize("name", [*PER_GROUP, "group_mean", "leave_one_out"])
 def test_group_advantages_sum_to_zero_over_the_siblings(name):
-    close(outcome(name, GROUPS).view(2, 4).sum(1), [0.0, 0.0], atol=1e-12)
+    proves(outcome(name, GROUPS).view(2, 4).sum(1))
 
 
+@pytest.mark.theorem(
+    "Advantages",
+    "`length_weighted` sums to 0 over the completions of a prompt, weighted by their lengths",
+    paper="opo",
+    at_most=1e-12,
+)
 def test_length_weighted_advantages_sum_to_zero_weighted_by_length():
     weighted = outcome("length_weighted", GROUPS, LENGTHS) * torch.tensor(LENGTHS)
-    close(weighted.view(2, 4).sum(1), [0.0, 0.0], atol=1e-12)
+    proves(weighted.view(2, 4).sum(1))
 
 
 # Exact expectation: every group of two or three draws from a three-armed bandit
 
 
+@pytest.mark.theorem(
+    "Advantages",
+    "The expected policy gradient of `leave_one_out` and `reinforce` is the true one, that of "
+    "`group_mean` is (G − 1)/G times it (enumeration, G = 2 and 3)",
+    paper="rloo",
+    at_most=1e-12,
+)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
     ("name", "factor"), [("leave_one_out", lambda g: 1.0), ("group_mean", lambda g: (g - 1) / g), ("reinforce", None)]
@@ -513,7 +543,7 @@ def test_expected_policy_gradient_by_enumeration(name, factor, size):
         advantages = outcome(name, reward[arms].tolist(), size=size)
         expected = expected + probability * (advantages * logps[arms]).mean()
     (gradient,) = torch.autograd.grad(expected, logits)
-    close(gradient, exact * (factor(size) if factor else 1.0), atol=1e-12)
+    proves(gradient, exact * (factor(size) if factor else 1.0))
 
 
 # The table itself: what each row says, found out from its function

@@ -20,6 +20,7 @@ from kl_enumeration import (
     table,
     tensor,
 )
+from theorems import proves
 
 from trl_ext.functional.kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
 
@@ -86,8 +87,18 @@ def test_the_direction_of_k3_is_reference_over_policy():
 def test_expected_value(estimator, expected):
     policy, reference = tensor(POLICY), tensor(REFERENCE)
     close((policy * estimator(policy.log(), reference.log())).sum(), expected)
-    if estimator is not k2:
-        close((policy * estimator(policy.log(), reference.log())).sum(), kl(policy, reference), atol=1e-12)
+
+
+@pytest.mark.theorem(
+    "KL",
+    "The expected values of k1 and k3 are the KL (enumeration); that of k2 is not",
+    paper="kl_approx",
+    at_most=1e-12,
+)
+@pytest.mark.parametrize("estimator", [k1, k3])
+def test_k1_and_k3_are_unbiased(estimator):
+    policy, reference = tensor(POLICY), tensor(REFERENCE)
+    proves((policy * estimator(policy.log(), reference.log())).sum(), kl(policy, reference))
 
 
 REVERSE, FORWARD, ZERO = [0.346243, -0.220389, -0.125854], [0.3, -0.2, -0.1], [0.0, 0.0, 0.0]
@@ -141,13 +152,20 @@ def test_gradient_variances(label, on, off):
         assert gradient_variance(TERMS[label][0], sampler=SAMPLER) == pytest.approx(off, abs=1e-4)
 
 
+@pytest.mark.theorem(
+    "KL",
+    "k1 and k3 times the ratio and k2 times the detached ratio, in the loss, have the gradient of the KL "
+    "for any three distributions, also off-policy (enumeration)",
+    paper="kl_approx",
+    at_most=1e-09,
+)
 @given(st.lists(st.floats(-3, 3), min_size=6, max_size=6), st.lists(st.floats(-3, 3), min_size=6, max_size=6))
 def test_k2_and_k3_with_the_ratio_have_the_gradient_of_the_kl_for_any_pair(policy, reference):
     policy, reference = tensor(policy).softmax(0), tensor(reference).softmax(0)
     sampler = (policy.sqrt() * reference.sqrt()) / (policy.sqrt() * reference.sqrt()).sum()
     for label in ("ratio · k1 in the loss", "ratio · k2 in the loss, ratio detached", "ratio · k3 in the loss"):
         gradient = expected_gradient(TERMS[label][0], policy, reference, sampler)
-        close(gradient, kl_gradient(policy, reference), atol=1e-9)
+        proves(gradient, kl_gradient(policy, reference))
 
 
 def test_k3_in_the_reward_vanishes_near_the_reference():
@@ -168,6 +186,13 @@ def test_the_documentation_shows_the_enumerated_table():
 # The KL of a sequence: two steps, each of two tokens
 
 
+@pytest.mark.theorem(
+    "KL",
+    "k1 in the reward, summed or as reward-to-go, has the gradient of the KL of whole completions; a KL "
+    "per token in the loss has not (enumeration of two tokens)",
+    paper="kl_approx",
+    at_most=1e-12,
+)
 def test_only_k1_in_the_reward_sees_that_early_tokens_decide_about_later_ones():
     first = torch.tensor([0.2, -0.1], dtype=F64).requires_grad_()
     second = torch.tensor([[2.0, -1.0], [0.1, 0.3]], dtype=F64).requires_grad_()  # by the first token
@@ -192,8 +217,8 @@ def test_only_k1_in_the_reward_sees_that_early_tokens_decide_about_later_ones():
     summed = expectation(lambda logps, ref: logps * k1(logps, ref).detach().sum())
     to_go = expectation(lambda logps, ref: logps * k1(logps, ref).detach().flip(0).cumsum(0).flip(0))
     in_loss = expectation(lambda logps, ref: kl_in_loss(k3, logps, ref, logps.detach(), torch.ones(2)))
-    close(summed, exact, atol=1e-12)
-    close(to_go, exact, atol=1e-12)
+    proves(summed, exact)
+    proves(to_go, exact)
     assert (in_loss - exact).norm() > 0.05 * exact.norm()
     close(in_loss[2:], exact[2:], atol=1e-12)  # for the last token the two agree
 

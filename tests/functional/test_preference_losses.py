@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from theorems import proves
 
 from trl_ext.functional.preference import (
     MARGIN_LOSSES,
@@ -328,6 +329,12 @@ def test_the_tangent_of_the_exponential_begins_at_twenty():
     torch.testing.assert_close(slope, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.theorem(
+    "Preference losses",
+    "IPO with a soft label is the mixture of its two hard labels, but for a constant",
+    paper="psipo",
+    at_most=1e-12,
+)
 def test_ipo_by_mixture_and_by_target_differ_by_a_constant():
     ipo, tau = PREFERENCE_LOSSES["psipo_identity"].function, 0.3
     for prob in (0.2, 0.5, 0.9):
@@ -335,33 +342,58 @@ def test_ipo_by_mixture_and_by_target_differ_by_a_constant():
         hard = [batch_of([0.7, -3.0], [0.1, 2.0], beta=tau), batch_of([0.1, 2.0], [0.7, -3.0], beta=tau)]
         by_mixture = prob * ipo(hard[0]) + (1 - prob) * ipo(hard[1])
         expected = by_mixture - prob * (1 - prob) / tau**2
-        torch.testing.assert_close(ipo(batch).detach(), expected, atol=1e-12, rtol=0)
+        proves(ipo(batch), expected)
 
 
+@pytest.mark.theorem(
+    "Preference losses",
+    "`gpo_squared` with β is 4τ² times `psipo_identity` with τ = β/2",
+    paper="gpo",
+    at_most=1e-12,
+)
 def test_gpo_squared_is_ipo_at_half_the_beta():
     chosen, rejected = torch.randn(2, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
     ours = PREFERENCE_LOSSES["gpo_squared"].function(batch_of(chosen, rejected, beta=0.6))
     ipo = PREFERENCE_LOSSES["psipo_identity"].function(batch_of(chosen, rejected, beta=0.3))
-    torch.testing.assert_close(ours, 4 * 0.3**2 * ipo)
+    proves(ours, 4 * 0.3**2 * ipo)
 
 
+@pytest.mark.theorem(
+    "Preference losses",
+    "IPO over means of tokens, at equal lengths L and τ, is IPO over sums at τ/L, divided by L²",
+    paper="psipo",
+    at_most=1e-12,
+)
 @pytest.mark.parametrize("length", [1, 5, 40])
 def test_the_mean_of_equal_lengths_needs_tau_times_the_length(length):
     ipo, tau = PREFERENCE_LOSSES["psipo_identity"].function, 2.0
     args = {"chosen": [3.0, -7.0], "rejected": [1.0, 2.0], "lengths": (length, length)}
     mean = ipo(batch_of(**args, beta=tau).per_token())
-    torch.testing.assert_close(mean, ipo(batch_of(**args, beta=tau / length)) / length**2)
+    proves(mean, ipo(batch_of(**args, beta=tau / length)) / length**2)
 
 
+@pytest.mark.theorem(
+    "Preference losses",
+    "`rpo_bwd_kl` is the logistic loss at the soft label σ(Δr) less its entropy, and `rpo_sq` is β² "
+    "times `psipo_logit` there",
+    paper="rpo",
+    at_most=1e-12,
+)
 def test_reward_aware_losses_are_soft_labels_in_disguise():
     delta, beta = torch.tensor([1.5, -0.3], dtype=F64), 0.4
     batch = batch_of([0.7, -3.0], [0.1, 2.0], prob=delta.sigmoid(), beta=beta, delta=delta)
     entropy = torch.distributions.Bernoulli(delta.sigmoid()).entropy()
     losses = {name: row.function for name, row in PREFERENCE_LOSSES.items()}
-    torch.testing.assert_close(losses["rpo_bwd_kl"](batch), losses["gpo_logistic"](batch) - entropy)
-    torch.testing.assert_close(losses["rpo_sq"](batch), beta**2 * losses["psipo_logit"](batch))
+    proves(losses["rpo_bwd_kl"](batch), losses["gpo_logistic"](batch) - entropy)
+    proves(losses["rpo_sq"](batch), beta**2 * losses["psipo_logit"](batch))
 
 
+@pytest.mark.theorem(
+    "Preference losses",
+    "`dpop`, `length_dpo`, `odpo`, `beta_dpo` and `margin_dpo` without their terms are DPO",
+    paper="dpo",
+    at_most=0,
+)
 def test_options_of_zero_are_dpo():
     batch = batch_of([-0.7, 3.0], [0.1, 2.0], delta=0.0)
     dpo = PREFERENCE_LOSSES["gpo_logistic"].function(batch)
@@ -372,9 +404,15 @@ def test_options_of_zero_are_dpo():
         "beta_dpo": {"alpha": 0.0},
         "margin_dpo": {},
     }.items():
-        torch.testing.assert_close(PREFERENCE_LOSSES[name].function(batch, **options), dpo, atol=0, rtol=0)
+        proves(PREFERENCE_LOSSES[name].function(batch, **options), dpo)
 
 
+@pytest.mark.theorem(
+    "Preference losses",
+    "`rpo_sq` with a utility as reward reaches the closed form of that utility, also where Ψ is not antisymmetric",
+    paper="rpo",
+    at_most=1e-06,
+)
 def test_any_per_completion_utility_is_exact_as_a_reward():
     # (u − (g(y_w) − g(y_l)) / τ)² is τ⁻² · rpo_sq, also for a Ψ that is not antisymmetric.
     problem = intransitive()
@@ -387,7 +425,7 @@ def test_any_per_completion_utility_is_exact_as_a_reward():
         )
 
     policy = optimum(with_scores, **problem)
-    torch.testing.assert_close(policy, closed_form(torch.square, **problem), atol=1e-6, rtol=0)
+    proves(policy, closed_form(torch.square, **problem))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if PREFERENCE_LOSSES[name].scores])
@@ -396,9 +434,15 @@ def test_a_missing_reward_is_refused(name):
         PREFERENCE_LOSSES[name].function(batch_of(0.0, 0.0))
 
 
+@pytest.mark.theorem(
+    "Preference losses",
+    "Any Ψ acts through Ψ(p) − Ψ(1 − p): the square is the identity",
+    paper="psipo",
+    at_most=1e-12,
+)
 def test_any_psi_acts_through_its_antisymmetric_part():
     batch = batch_of([0.7, -3.0, 1.0], [0.1, 2.0, 1.0], prob=[0.2, 0.9, 1.0])
-    torch.testing.assert_close(psipo(batch, psi=torch.square), psipo(batch, psi=identity))
+    proves(psipo(batch, psi=torch.square), psipo(batch, psi=identity))
 
 
 @pytest.mark.parametrize("prob", [0.0, 1.0])
@@ -527,12 +571,18 @@ def closed_form(psi, table=P, mu=MU, reference=REFERENCE, tau=0.5):
     return (reference + (psi(table) * mu).sum(1) / tau).softmax(0)
 
 
+@pytest.mark.theorem(
+    "Preference losses",
+    "The minimum of IPO is its closed form, from soft labels and from sampled ones",
+    paper="psipo",
+    at_most=1e-06,
+)
 @pytest.mark.parametrize("hard", [False, True])
 def test_ipo_reaches_the_printed_policy_from_soft_and_from_sampled_labels(hard):
     expected = torch.tensor([0.528869, 0.223797, 0.247334], dtype=F64)
     policy = optimum(PREFERENCE_LOSSES["psipo_identity"].function, hard=hard)
     torch.testing.assert_close(policy, expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(closed_form(identity), expected, atol=1e-6, rtol=0)
+    proves(policy, closed_form(identity))
 
 
 def test_logit_reaches_the_printed_policy():
@@ -551,11 +601,17 @@ def intransitive(actions=6, seed=3):
     return {"table": table, "mu": mu / mu.sum(), "reference": reference.log_softmax(0), "tau": 0.3}
 
 
+@pytest.mark.theorem(
+    "Preference losses",
+    "The minimum of ΨPO is the policy π ∝ π_ref exp(E[Ψ]/τ) for antisymmetric Ψ, with intransitive preferences",
+    paper="psipo",
+    at_most=1e-06,
+)
 @pytest.mark.parametrize("psi", [identity, torch.logit, lambda p: torch.sin(3 * (p - 0.5))], ids=["p", "logit", "sin"])
 def test_an_antisymmetric_psi_reaches_its_closed_form_with_intransitive_preferences(psi):
     problem = intransitive()
     policy = optimum(lambda batch: psipo(batch, psi=psi), **problem)
-    torch.testing.assert_close(policy, closed_form(psi, **problem), atol=1e-6, rtol=0)
+    proves(policy, closed_form(psi, **problem))
 
 
 @pytest.mark.parametrize("psi", [torch.square, torch.log, lambda p: -torch.log(1 - p)], ids=["square", "log", "-log"])
@@ -565,11 +621,17 @@ def test_another_psi_misses_its_closed_form(psi):
     assert (policy - closed_form(psi, **problem)).abs().max() > 0.01
 
 
+@pytest.mark.theorem(
+    "Preference losses",
+    "The squared margin loss reaches the closed form; the logistic one does not where preferences are intransitive",
+    paper="gpo",
+    at_most=1e-06,
+)
 def test_the_squared_margin_loss_is_exact_and_the_logistic_is_not():
     problem = intransitive()
     squared = {**problem, "tau": 2 * problem["tau"]}  # β = 2τ
     exact = closed_form(identity, **problem)
-    torch.testing.assert_close(optimum(PREFERENCE_LOSSES["gpo_squared"].function, **squared), exact, atol=1e-6, rtol=0)
+    proves(optimum(PREFERENCE_LOSSES["gpo_squared"].function, **squared), exact)
     off = optimum(PREFERENCE_LOSSES["gpo_logistic"].function, **problem) - closed_form(torch.logit, **problem)
     assert off.abs().max() > 0.005
 

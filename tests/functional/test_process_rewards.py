@@ -8,6 +8,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from theorems import proves
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS, group_relative, process_group_relative
 from trl_ext.functional.process_rewards import step_advantages
@@ -192,6 +193,12 @@ def test_scale_and_shift_of_the_rewards_matter_for_softmin_only(credit):
     assert torch.allclose(scaled, rescaled, atol=5e-3) == (credit != "softmin")
 
 
+@pytest.mark.theorem(
+    "Advantages",
+    "One step per completion, ending at its last token: process supervision is `group_relative`",
+    paper="deepseekmath",
+    at_most=0,
+)
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_one_step_on_the_last_token_is_group_relative_bit_for_bit(data):
@@ -204,7 +211,7 @@ def test_one_step_on_the_last_token_is_group_relative_bit_for_bit(data):
     rewards, scored = reward_at_end(returns, mask)
     expected = group_relative(RewardBatch(rewards, scored, mask, 4))[:, None] * mask
     for credit in ("sum", "mean", "min"):
-        assert torch.equal(step_advantages(rewards, scored, mask, 4, credit=credit), expected)
+        proves(step_advantages(rewards, scored, mask, 4, credit=credit), expected)
 
 
 def test_groups_without_contrast_and_completions_without_steps_get_nothing():
@@ -252,6 +259,11 @@ def test_other_options_are_refused(options, message):
         assert str(error.value) == message
 
 
+@pytest.mark.theorem(
+    "Advantages",
+    "A ratio of whole sequences has the gradient of the mean advantage: credit for single tokens is lost",
+    at_most=1e-12,
+)
 def test_the_gradient_of_a_sequence_ratio_is_that_of_the_mean_advantage():
     # Why importance_sampling_level='sequence' is refused: the ratio's log is the mean of the log-probs.
     advantages = step_advantages(*one_token_per_step([[1, 0, 1, 1], [0, 1, 1, 0]]), 2)
@@ -261,7 +273,7 @@ def test_the_gradient_of_a_sequence_ratio_is_that_of_the_mean_advantage():
         ratio = (logps - logps.detach()).mean(1, keepdim=True).exp()
         (ratio * values).mean(1).sum().backward()
         gradients.append(logps.grad)
-    close(*gradients, 1e-12)
+    proves(*gradients)
     assert advantages.std(1).min() > 0.1
 
 

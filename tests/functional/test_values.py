@@ -8,6 +8,7 @@ import warnings
 import pytest
 import reference
 import torch
+from theorems import proves
 
 from trl_ext.functional.reductions import aggregated, reward_to_go
 from trl_ext.functional.rewards import RewardBatch, reward_at_end
@@ -158,19 +159,31 @@ def tensors(rewards, values, mask):
     return torch.tensor(rewards, dtype=F64), torch.tensor(values, dtype=F64), torch.tensor(mask)
 
 
+@pytest.mark.theorem(
+    "Rewards-to-go and critics",
+    "λ-advantages equal the loop written from the formula, with holes in the mask",
+    paper="gae",
+    at_most=1e-12,
+)
 def test_advantages_equal_the_loop_written_from_the_formula():
     for rewards, values, mask, gamma, lam in random_batches(200):
         found = lambda_advantages(*tensors(rewards, values, mask), gamma, lam)
         expected = [reference.lambda_advantages(*row, gamma, lam) for row in zip(rewards, mask, values, strict=True)]
-        close(found, expected, atol=1e-12)
+        proves(found, expected)
 
 
+@pytest.mark.theorem(
+    "Rewards-to-go and critics",
+    "λ = 1 is the reward-to-go minus the value",
+    paper="gae",
+    at_most=1e-12,
+)
 def test_lambda_one_is_the_reward_to_go_minus_the_value_and_lambda_zero_one_step():
     for rewards, values, mask, gamma, _ in random_batches(50, seed=1):
         r, v, m = tensors(rewards, values, mask)
         terminal = torch.cat([v[:, :-1], 0 * v[:, -1:]], dim=1)
         expected = (reward_to_go(r, m, gamma) - v[:, :-1]).where(m.bool(), 0.0)
-        close(lambda_advantages(r, terminal, m, gamma, 1.0), expected, atol=1e-12)
+        proves(lambda_advantages(r, terminal, m, gamma, 1.0), expected)
         nearly = lambda_advantages(r, v, m, gamma, 1e-9)
         close(lambda_advantages(r, v, m, gamma, 0.0), nearly, atol=1e-7)
 
@@ -187,6 +200,12 @@ def lambda_return(rewards, values, mask, start, gamma, lam):
     return sum(w * x for w, x in zip(weights, returns, strict=True))
 
 
+@pytest.mark.theorem(
+    "Rewards-to-go and critics",
+    "The critic's targets are the weighted mean of all n-step returns",
+    paper="gae",
+    at_most=1e-12,
+)
 def test_targets_are_the_weighted_mean_of_the_n_step_returns():
     for rewards, values, mask, gamma, lam in random_batches(100, seed=2):
         r, v, m = tensors(rewards, values, mask)
@@ -196,7 +215,7 @@ def test_targets_are_the_weighted_mean_of_the_n_step_returns():
         for i, row in enumerate(mask):
             for t, trainable in enumerate(row):
                 expected = lambda_return(rewards[i], values[i], row, t, gamma, lam) if trainable else 0.0
-                assert found[i, t].item() == pytest.approx(expected, abs=1e-12)
+                proves(found[i, t], expected)
 
 
 def outcome_batch(returns, mask, values, **fields):
@@ -208,11 +227,17 @@ MASKS = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]])
 RETURNS = [1.0, 0.0, 0.5, math.nan]
 
 
+@pytest.mark.theorem(
+    "Rewards-to-go and critics",
+    "Without values and discounts `gae` is `reinforce_plus_plus`",
+    paper="ppo",
+    at_most=1e-12,
+)
 def test_without_values_and_discounts_it_is_reinforce_plus_plus():
     batch = outcome_batch(RETURNS, MASKS, torch.zeros(4, 5))
-    close(gae(batch, lam=1.0), reinforce_plus_plus(batch), atol=1e-12)
+    proves(gae(batch, lam=1.0), reinforce_plus_plus(batch))
     penalised = outcome_batch(RETURNS, MASKS, torch.zeros(4, 5), kl_penalty=0.1 * torch.rand(4, 4) * MASKS)
-    close(gae(penalised, lam=1.0), reinforce_plus_plus(penalised), atol=1e-12)
+    proves(gae(penalised, lam=1.0), reinforce_plus_plus(penalised))
 
 
 def test_what_stands_at_untrainable_tokens_changes_nothing():
@@ -281,6 +306,13 @@ def test_metrics_are_means_over_the_trainable_tokens():
     )
 
 
+@pytest.mark.theorem(
+    "Rewards-to-go and critics",
+    "With λ = 1 the expected policy gradient of `gae` is the true one, whatever the critic says "
+    "(enumeration of two tokens)",
+    paper="gae",
+    at_most=1e-12,
+)
 @pytest.mark.parametrize("values", [[0.0, 0.0], [0.7, -2.0]])
 def test_the_expected_gradient_is_the_true_one_for_any_values(values):
     """All completions of two tokens of a policy of three tokens, the second of which knows the first."""
@@ -302,7 +334,7 @@ def test_the_expected_gradient_is_the_true_one_for_any_values(values):
         advantages = gae(batch, lam=1.0, whiten_advantages=False)[0]
         surrogate = surrogate + logps(i, j).sum().exp().detach() * (advantages * logps(i, j)).sum()
     for found, expected in zip(torch.autograd.grad(surrogate, (first, second)), exact, strict=True):
-        close(found, expected, atol=1e-12)
+        proves(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Starts a worker script as two gloo processes, and runs it as one."""
+"""Starts a worker script as two gloo processes, and runs it as one; how a worker ends."""
 
 import os
 import socket
@@ -43,3 +43,15 @@ def two(worker, model: str, folder: Path, words: list[str], launcher: list[str] 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-12000:]  # the failure of one process stands above the other's
     return [torch.load(folder / f"{rank}of2.pt") for rank in (0, 1)]
+
+
+def leave(results: dict, folder: Path, world_size: int):
+    """
+    In a worker: saves what this process saw, and ends it. Not by the interpreter's end, during which a thread of gloo
+    may still drop the tensors of the last collective: the process would abort, or hang.
+    """
+    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -4,6 +4,7 @@ import launch
 import pytest
 import torch
 import two_processes
+from theorems import proves
 from two_processes import BATCH, CASES, REFUSED
 
 
@@ -13,6 +14,11 @@ def one_and_two(tiny_model, tmp_path_factory):
     return launch.one_and_two(two_processes, tiny_model, tmp_path_factory.mktemp("processes"))
 
 
+@pytest.mark.theorem(
+    "Several processes",
+    "Two processes train to the weights of one, for every estimator, KL and reward of steps (float32)",
+    at_most=1e-05,
+)
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(one_and_two, case):
     one, two = one_and_two[0][case], [result[case] for result in one_and_two[1]]
@@ -27,6 +33,7 @@ def test_two_processes_equal_one(one_and_two, case):
     for result in two:
         for name, weight in result["weights"].items():
             torch.testing.assert_close(weight, one["weights"][name], atol=1e-5, rtol=0, msg=name)
+            proves(weight, one["weights"][name])
     assert two[0]["table"] == pytest.approx(one["table"], abs=1e-6)
     for ours, theirs in zip(two[0]["log"], one["log"], strict=True):
         assert ours.keys() == theirs.keys()

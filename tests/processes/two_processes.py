@@ -7,8 +7,8 @@ Worker of `test_processes.py`: trains every case and saves what this process saw
 import sys
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
+from launch import leave
 from tiny import build, logged, scripted_rollout, weights
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
@@ -111,6 +111,8 @@ CASES |= {
     "step rewards of a group across processes": {**STEPS, "reward_funcs": by_step, "num_generations": 8},
     "step rewards, softmin": {**STEPS, "reward_funcs": by_step, "advantage_kwargs": {"credit": "softmin"}},
     "step and outcome rewards": {**STEPS, "reward_funcs": [by_step, some_fail], "process_weight": 0.5},
+    "PRIME with step rewards": {**STEPS, "reward_funcs": [by_step, some_fail], "advantage_estimator": "prime"},
+    "PRIME": {"advantage_estimator": "prime", "implicit_prm": {"beta": 0.5, "learning_rate": 0.02}, "lora": True},
     "step rewards in REINFORCE++": {**STEPS, "reward_funcs": by_step, "advantage_estimator": "reinforce_plus_plus"},
 }
 OUTCOME = {"advantage_estimator": "leave_one_out"}
@@ -174,5 +176,4 @@ def refused(model: str, folder: Path, world_size: int) -> dict:
 if __name__ == "__main__":
     model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     results = {**run(model, folder, world_size), "refused": refused(model, folder, world_size)}
-    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
-    torch.distributed.destroy_process_group()
+    leave(results, folder, world_size)

@@ -7,9 +7,9 @@ Worker of `test_dpo_processes.py`: trains every case and saves what this process
 import sys
 from pathlib import Path
 
-import torch
 import trl
 from datasets import Dataset
+from launch import leave
 from tiny import weights
 from tiny.dpo import build, pairs
 
@@ -89,5 +89,4 @@ def run(model: str, folder: Path, world_size: int) -> dict:
 if __name__ == "__main__":
     model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     results = run(model, folder, world_size)
-    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
-    torch.distributed.destroy_process_group()
+    leave(results, folder, world_size)

@@ -5,14 +5,13 @@ what this process saw to `<folder>/<rank>of<world>.pt`.
     accelerate launch --config_file recipes/accelerate/ddp.yaml two_processes_edges.py MODEL FOLDER WORLD_SIZE
 """
 
-import os
 import sys
 from pathlib import Path
 
 import tiny.dpo as tiny_dpo
-import torch
 import trl
 from datasets import Dataset
+from launch import leave
 from tiny import PROMPTS, build, scripted_rollout, weights
 from two_processes import BATCH, CASES
 
@@ -100,7 +99,4 @@ def finished(trainer, world_size: int) -> dict:
 if __name__ == "__main__":
     model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     results = run(model, folder, world_size)
-    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # a finished gloo worker sometimes does not exit by itself
+    leave(results, folder, world_size)

@@ -11,6 +11,7 @@ import torch
 import trl
 from accelerate import PartialState
 from datasets import Dataset
+from launch import leave
 from tiny import build, weights
 from tiny.dpo import build as build_dpo
 from tiny.dpo import words
@@ -42,6 +43,7 @@ def alike_on_the_first(completion_ids, **kwargs):
 GRPO = {
     "LoRA, checkpointing, KL": {**LORA, "beta": 0.1},
     "full, accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "beta": 0.1},
+    "reused rollouts": {"num_iterations": 2, "max_steps": 2, "beta": 0.1, "learning_rate": 0.02},
     "one process falls back": {**LORA, "rollout_func": nothing_to_save_elsewhere, "max_completion_length": 32},
     "rows left out on one process": {"reward_funcs": alike_on_the_first},
 }
@@ -88,5 +90,4 @@ def run(model: str, folder: Path, world_size: int) -> dict:
 if __name__ == "__main__":
     model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     results = run(model, folder, world_size)
-    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
-    torch.distributed.destroy_process_group()
+    leave(results, folder, world_size)

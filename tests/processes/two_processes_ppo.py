@@ -13,6 +13,7 @@ if "fsdp2" in sys.argv:
     fsdp2.switch_on()
 
 import torch
+from launch import leave
 from tiny import build, logged, scripted_rollout
 from two_processes import by_step, some_fail
 
@@ -94,5 +95,4 @@ if __name__ == "__main__":
     results = run(model, folder, world_size, FSDP2 if sharded else CASES)
     if sharded:
         results = {**results, "resumed": resumed(model, folder)}
-    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
-    torch.distributed.destroy_process_group()
+    leave(results, folder, world_size)

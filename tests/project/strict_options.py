@@ -4,6 +4,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from recipes.async_grpo import RunArguments
+from trl_ext.labels import LabelStepsConfig
 from trl_ext.lookup import import_path
 from trl_ext.trainers.async_grpo import AsyncGRPOConfig
 from trl_ext.trainers.dpo import DPOConfig
@@ -21,6 +22,10 @@ ON_THIS_MACHINE = {"bf16": False, "use_cpu": True}
 
 def read_options(command, options):
     """The config that `trl-ext <command>`, or the script for `async`, makes of them, its reward functions imported."""
+    if command == "label-steps":  # no trainer: its options are all there is
+        parser = TrlParser((LabelStepsConfig,))
+        assert parser.set_defaults_with_config(**options) == []
+        return parser.parse_args_into_dataclasses(args=[])[0]
     script_arguments, config_class = KINDS[command]
     also = () if command == "async" else (ModelConfig, DatasetMixtureConfig)
     parser = TrlParser((script_arguments, config_class, *also))

@@ -3,7 +3,8 @@ The code in the pages is run: Python and YAML in the order of a page, with one n
 
 In a page, `<!-- invisible-code-block: python … -->` holds set-up and assertions that a reader does not need,
 `<!-- skip: next "why" -->` leaves the next block out, and `<!-- slow: next "why" -->` leaves a shell block to
-`pytest -m ''`. Lines that read a YAML file train for one step. What is written stays in a temporary folder.
+`pytest -m ''`. Lines that read a YAML file train for one step, or label the answers to one prompt. What is written
+stays in a temporary folder.
 A Python block that begins with the comment `# name.py` is written to that file as well.
 """
 
@@ -35,6 +36,7 @@ SLOW = {
     "docs/async.md": 1,
     "docs/methods/preference.md": 1,
     "docs/methods/process_rewards.md": 1,
+    "docs/methods/reward_models.md": 1,
     "docs/quantization.md": 1,
 }
 
@@ -47,7 +49,8 @@ def run_python(example):
 
 def run_yaml(example):
     options = yaml.safe_load(example.parsed)
-    read_options("dpo" if isinstance(options.get("loss_type"), list) else "grpo", options)
+    of_trl = "dpo" if isinstance(options.get("loss_type"), list) else "grpo"
+    read_options("label-steps" if "verifier" in options else of_trl, options)
 
 
 def left_to_the_other_test(example):
@@ -130,7 +133,7 @@ def test_the_lines_of_a_shell_block_run(lines, root):
             if command.strip().startswith(NOT_HERE):
                 continue
             if "--config" in command:
-                command += " --max_steps 1"
+                command += " --limit 1" if "label-steps" in command else " --max_steps 1"
             done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=500)
             assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
             ran += 1

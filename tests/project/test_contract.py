@@ -14,6 +14,7 @@ import pytest
 import torch
 import trl
 from tiny import build, scripted_rollout
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -36,7 +37,9 @@ LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "lusp
 
 @pytest.mark.parametrize("part", [*CHECKS, *upstream_async.CHECKS])
 def test_a_part_of_trl_is_as_expected(part):
+    before = set(ALL_ATTENTION_FUNCTIONS)
     {**CHECKS, **upstream_async.CHECKS}[part]()
+    assert {*ALL_ATTENTION_FUNCTIONS} == before, "nothing of a check stays in transformers"
 
 
 def test_a_changed_engine_is_noticed(monkeypatch):

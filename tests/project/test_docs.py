@@ -99,7 +99,7 @@ def test_a_recipe_parses_without_unknown_keys(path, monkeypatch):
 
 def command_of(recipe):
     """The command of `trl-ext`; `async` for the scripts of asynchronous GRPO, for which there is none."""
-    how = r"(?:trl-ext (\w+)|python -m trl_ext recipes/(async)_\w+\.py)"
+    how = r"(?:trl-ext ([\w-]+)|python -m trl_ext recipes/(async)_\w+\.py)"
     found = re.search(rf"{how} --config recipes/{recipe.name}", recipe.read_text())
     return found[1] or found[2]
 
@@ -118,16 +118,19 @@ def test_the_row_of_a_recipe_is_true(path):
     if command_of(path) == "dpo":
         names, also = options["loss_type"], {"trl-ext dpo"}
         title = PREFERENCE_LOSSES[names[0]].method
+    elif command_of(path) == "label-steps":
+        names, also, title = [options.get("search", "all")], {"trl-ext label-steps"}, "Labels of steps"
     elif command_of(path) == "ppo":
         names, also = ["gae"], {"trl-ext ppo"}
         title = ADVANTAGE_ESTIMATORS["gae"].method
     else:
         names, also = [options["advantage_estimator"]], {*filter(None, [options.get("kl_estimator")])}
-        title = ADVANTAGE_ESTIMATORS[names[0]].method
+        title = ADVANTAGE_ESTIMATORS[names[0]].method or "GRPO"  # TRL's name stands where ours has none
     assert method.startswith(f"{title} (`{names[0]}`)") and in_code(method) == {*names} | also
 
     scorer = options.get("process_reward_model")
-    assert in_code(model) == {options["model_name_or_path"]} | ({scorer["model"]} if scorer else set())
+    further = {*filter(None, [options.get("completer"), scorer and scorer["model"]])}
+    assert in_code(model) == {options["model_name_or_path"]} | further
     assert ("LoRA" in model) == options.get("use_peft", False)
     assert ("4-bit" in model) == (options.get("load_in_4bit", False) or bool(scorer and scorer.get("load_in_4bit")))
     assert in_code(data) == {options["dataset_name"]}

@@ -16,22 +16,14 @@ LAYERS = [
     {"upstream_async"},
     {"rewards", "packed"},
     {"trainers"},
+    {"labels"},
     {"registration"},
     {"scripts"},
     {"cli", "__main__"},
     {"__init__"},
 ]
-SEES_TRL = {
-    "upstream",
-    "upstream_async",
-    "rewards",
-    "packed",
-    "trainers",
-    "registration",
-    "scripts",
-    "cli",
-    "__main__",
-}
+SEES_TRL = {"rewards", "packed", "trainers", "labels", "registration", "scripts", "cli", "__main__"}
+SEES_TRL |= {"upstream", "upstream_async"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -94,6 +86,8 @@ def test_imports_point_downwards(path):
         ("papers.py", "import trl"),
         ("lookup.py", "def f():\n    from .upstream import check_parameters"),
         ("trainers/grpo/new.py", "from ...registration import register"),
+        ("trainers/grpo/new.py", "from ...labels import label_steps"),
+        ("labels/new.py", "from ..scripts import label_steps"),
         ("trainers/ppo/new.py", "from ...scripts import ppo"),
         ("registration.py", "from . import cli"),
         ("__main__.py", "from .cli import main"),

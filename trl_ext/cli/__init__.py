@@ -16,7 +16,7 @@ DESCRIPTION = (
     "TRL's command line with the options of trl_ext: advantage estimators, KL penalties and process rewards for "
     "`trl-ext grpo`, preference losses for `trl-ext dpo`, and `trl-ext ppo`. `trl-ext grpo --help` explains them."
 )
-COMMANDS = ("ppo",)  # that TRL does not have; their scripts are in `trl_ext.scripts`
+COMMANDS = ("ppo", "label-steps")  # that TRL does not have; their scripts are in `trl_ext.scripts`
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +57,8 @@ def _run(argv: list[str], undo: ExitStack) -> int:
         _set(undo, trl, "TrlParser", parser_class(seen))
         for name in COMMANDS:  # TRL looks for the script of a command in `trl.scripts`
             if name in argv:
-                sys.modules[f"trl.scripts.{name}"] = importlib.import_module(f"trl_ext.scripts.{name}")
+                script = importlib.import_module(f"trl_ext.scripts.{name.replace('-', '_')}")
+                sys.modules[f"trl.scripts.{name}"] = script
                 undo.callback(sys.modules.pop, f"trl.scripts.{name}")
         return sys.modules["trl.cli.main"].main(argv)
     except subprocess.CalledProcessError as error:  # the worker has said why

@@ -14,7 +14,7 @@ def launch_training_script(script_name: str, launch_args: list[str], training_sc
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     package = "trl_ext.scripts" if script_name.removesuffix(".py") in COMMANDS else "trl.scripts"
-    script = str(importlib.resources.files(package).joinpath(script_name))
+    script = str(importlib.resources.files(package).joinpath(script_name.replace("-", "_")))
     words = [*_flags_without_values(launch_args), "-m", "trl_ext", script, *training_script_args]
     refuse_stray_words(words)
     args = launch.launch_command_parser().parse_args(words)

@@ -1,7 +1,8 @@
 """
 The mathematics: functions of tensors that know torch and nothing else.
 
-Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`. Everything public can be imported from here.
+Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`. Everything public can be
+imported from here.
 """
 
 from . import preference
@@ -16,11 +17,13 @@ from .advantages import (
 )
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
 from .preference import *  # noqa: F403
-from .process_rewards import step_advantages
+from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
+from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
 from .token_advantages import (
     centred_token_rewards,
+    prime,
     reinforce,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
@@ -34,13 +37,17 @@ __all__ = [
     "KL_ESTIMATORS",
     "RewardBatch",
     "SATURATION",
+    "STEP_LABELS",
     "aggregated",
     "centred_token_rewards",
     "clipped_value_loss",
     "explained_variance",
+    "first_error",
     "gae",
     "group_mean",
     "group_relative",
+    "hard_label",
+    "implicit_reward_loss",
     "is_constant",
     "k1",
     "k2",
@@ -51,6 +58,7 @@ __all__ = [
     "leave_one_out",
     "length_weighted",
     "next_beta",
+    "prime",
     "process_group_relative",
     "reinforce",
     "reinforce_plus_plus",
@@ -58,6 +66,9 @@ __all__ = [
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",
+    "rollouts_for",
+    "search_together",
+    "soft_label",
     "step_advantages",
     "token_rewards",
     "weighted_mean",

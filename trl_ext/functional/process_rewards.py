@@ -113,3 +113,36 @@ def _side_by_side(rewards: torch.Tensor, scored: torch.Tensor) -> tuple[torch.Te
     values = torch.zeros(valid.shape, dtype=rewards.dtype, device=rewards.device)
     values[valid] = rewards[scored]
     return values, valid
+
+
+def implicit_reward_loss(
+    log_ratios: torch.Tensor, mask: torch.Tensor, success: torch.Tensor, beta: float
+) -> torch.Tensor:
+    r"""
+    Loss that makes a language model an implicit process-reward model: the sum of its token rewards tells success.
+
+    $$ r_{i,t} = \beta\,\log\frac{\pi_\varphi(y_{i,t})}{\pi_{\mathrm{ref}}(y_{i,t})},\qquad
+       \ell_i = -s_i\log\sigma\Big(\sum_t r_{i,t}\Big) - (1-s_i)\log\sigma\Big(-\sum_t r_{i,t}\Big) $$
+
+    Cui et al., 2025, Eq. 5 (PRIME, https://huggingface.co/papers/2502.01456).
+
+    Args:
+        log_ratios (`torch.Tensor` of shape `(N, T)`):
+            \\(\log\pi_\varphi - \log\pi_{\mathrm{ref}}\\) of the sampled tokens, in nats, finite under the mask.
+        mask (`torch.Tensor` of shape `(N, T)`):
+            Nonzero for trainable tokens.
+        success (`torch.Tensor` of shape `(N,)`):
+            \\(s_i\\), 1 for a right completion, 0 for a wrong one.
+        beta (`float`):
+            \\(\beta\\), the unit of the reward per nat.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: Loss of each completion, in nats.
+
+    Example:
+
+    >>> implicit_reward_loss(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1), beta=0.05)
+    tensor([0.6931])
+    """
+    logits = beta * log_ratios.where(mask.bool(), 0.0).sum(1)
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, success.to(logits), reduction="none")

@@ -212,6 +212,75 @@ def reinforce_plus_plus_baseline(
     return spread.normalised(batch.outcome.dtype)
 
 
+def left_out_to_go(
+    batch: RewardBatch, *, process_weight: float = 1.0, outcome_weight: float = 1.0, norm: str = "whiten"
+) -> Spread:
+    """
+    What [`prime`] normalises.
+
+    Args:
+        batch, process_weight, outcome_weight, norm:
+            As there.
+
+    Returns:
+        [`Spread`]: Rewards-to-go of both sources, each less its group's.
+
+    Raises:
+        `ValueError`: If there are no step rewards, or a KL penalty, or if `norm` is unknown.
+    """
+    if batch.steps is None or batch.steps_scored is None:
+        raise ValueError("prime needs step rewards; set steps and steps_scored of the batch.")
+    if batch.kl_penalty is not None:
+        raise ValueError("prime takes no kl_penalty, which is of neither source. Put it into the loss.")
+    rewards = process_weight * _left_out(batch, batch.steps, batch.steps_scored)
+    rewards = rewards + outcome_weight * _left_out(batch, batch.outcome, batch.outcome_scored)
+    return _spread(reward_to_go(rewards, batch.trainable), None, batch.trainable, "token", 1, norm)
+
+
+def _left_out(batch: RewardBatch, rewards: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """Rewards of one source where they were given, less those of the group, `(N, T)`, float64; 0 elsewhere."""
+    rewards = rewards.double().where(given, 0.0)
+    means, has = batch.group(rewards.sum(1) / given.sum(1).clamp(min=1)), batch.group(given.any(1))
+    count, total = (x.sum(1, keepdim=True).expand_as(x).reshape(-1, 1) for x in (has.double(), means))
+    return ((count * rewards - total) / (count - 1).clamp(min=1)).where(given & (count > 1), 0.0)
+
+
+def prime(
+    batch: RewardBatch, *, process_weight: float = 1.0, outcome_weight: float = 1.0, norm: str = "whiten"
+) -> torch.Tensor:
+    r"""
+    Step rewards and outcomes, each less those of the other completions of the prompt, as reward-to-go (PRIME).
+
+    $$ x^s_{i,t} = \frac{n_g}{n_g-1}\,r^s_{i,t} - \frac{1}{n_g-1}\sum_{j\in g}\bar r^s_j,\qquad
+       A_{i,t} = m_{i,t}\,\frac{X_{i,t}-\mu}{\sqrt{\sigma^2+10^{-8}}},\quad
+       X_{i,t} = \sum_{u\ge t}\sum_s w_s\,x^s_{i,u} $$
+
+    Cui et al., 2025, §3.3 (https://huggingface.co/papers/2502.01456), as its authors' program computes it, with
+    rewards of an implicit process-reward model on every token. \\(\bar r^s_j\\) is the mean of the rewards of source
+    \\(s\\) in row \\(j\\), \\(n_g\\) the rows of the prompt that have one; for outcomes \\(x\\) is the advantage of
+    `leave_one_out`. For rewards of steps it is no exact leave-one-out baseline: a row's own rewards are in it, and
+    what is subtracted grows with the number of steps. Mean and (Bessel's) deviation are over the trainable tokens of
+    the batch: where all outcomes are equal and the step rewards all but 0, their noise becomes advantages of unit
+    size.
+
+    Args:
+        batch ([`RewardBatch`]):
+            Rewards of steps, and of outcomes. No `kl_penalty`.
+        process_weight, outcome_weight (`float`, *optional*, default to `1.0`):
+            \\(w_s\\). With `"whiten"` only their ratio matters.
+        norm (`str`, *optional*, defaults to `"whiten"`):
+            `"whiten"`, or `"center"`: not divided.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`: Dimensionless advantages.
+
+    Raises:
+        `ValueError`: If there are no step rewards, or a KL penalty, or if `norm` is unknown.
+    """
+    spread = left_out_to_go(batch, process_weight=process_weight, outcome_weight=outcome_weight, norm=norm)
+    return spread.normalised(batch.outcome.dtype)
+
+
 # The half within a prompt, for a trainer that sees one prompt at a time; the other half is a row of the table.
 
 

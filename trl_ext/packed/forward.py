@@ -188,6 +188,8 @@ class SharedPrefix:
 
     def _hidden(self, model: Any, packed: Packed) -> torch.Tensor:
         """The states that predict the scored tokens, `(scored, H)`."""
+        name = model.config._attn_implementation
+        use_attention(model, NAME)  # with gradients until somebody sets another: layers may be computed again
         output = model.base_model(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
@@ -196,6 +198,8 @@ class SharedPrefix:
             shared_prefix=packed.layout,
             use_cache=False,
         )
+        if not torch.is_grad_enabled():
+            use_attention(model, name)
         return output.last_hidden_state[0].index_select(0, packed.source)
 
     def _output(self, model: Any, packed: Packed, states: torch.Tensor, labels: torch.Tensor) -> FusedCausalLMOutput:
@@ -282,9 +286,7 @@ def install(
             "shared_prefix."
         )
     shared = SharedPrefix(model, entropy_gradient, autocast)
-    if shared.reason is None:
-        register_attention()
-        use_attention(model, NAME)
+    register_attention()
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self, *args, **kwargs):
@@ -314,8 +316,7 @@ def use_attention(model: Any, name: str) -> None:
 def plain_attention(model: Any) -> Iterator[None]:
     """
     The model's own attention for what is not a packed row. Our name would do the same in most models, but some read
-    it; generation does too: continuous batching refuses unknown ones, and what is cached or compiled depends on it.
-    Where a layer is computed again in the backward pass, under our name, attention without a layout is sdpa.
+    it. Where a layer is computed again in the backward pass, under our name, attention without a layout is sdpa.
     """
     ours = model.config._attn_implementation == NAME
     if ours:

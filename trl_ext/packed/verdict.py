@@ -70,6 +70,13 @@ def different(model: Any, ours: torch.Tensor, theirs: torch.Tensor, scored: int)
     return f"its log-probs differ from those of the padded rows by {mean:.1e} nats per token"
 
 
+def has_dropout(model: Any) -> bool:
+    """Whether a model drops anything while it trains: two passes over the same rows differ then."""
+    values = vars(model.config.get_text_config()).items()
+    in_config = any(value for name, value in values if "drop" in name and isinstance(value, int | float))
+    return in_config or any(m.p > 0 for m in model.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Without dropout and without gradient; afterwards every module is in its own mode again."""

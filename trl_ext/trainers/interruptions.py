@@ -117,9 +117,9 @@ def _warn_of_replayed_rows(checkpoint: Any) -> None:
 def keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
     """
     Around the reading of a checkpoint: TRL trains the adapter of a quantised model in bfloat16, PEFT would go on with
-    it in float32.
+    it, and with a second one that is frozen, in float32.
     """
-    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
     yield
     for name, parameter in model.named_parameters():
         if parameter.dtype != before.get(name, parameter.dtype):

@@ -1,4 +1,4 @@
-"""The reference that `sync_ref_model` moves, in checkpoints: TRL saves none and would resume from the first one."""
+"""A reference that moves, in checkpoints. Of `sync_ref_model` TRL saves none and would resume from the first one."""
 
 import os
 import warnings
@@ -25,6 +25,8 @@ def _is_sharded(trainer: Any) -> bool:
 
 def save_reference(trainer: Any, folder: Path) -> None:
     """Writes the reference into a checkpoint; nothing where each process holds only a part of it."""
+    if (refreshed := getattr(trainer, "_moving", None)) is not None:
+        return refreshed.save(folder)
     reference = moving_reference(trainer)
     if reference is not None and trainer.args.should_save and not _is_sharded(trainer):
         save_model(reference, str(folder / FILE), metadata={"format": "pt"})
@@ -37,6 +39,8 @@ def load_reference(trainer: Any, checkpoint: str | os.PathLike) -> None:
     Raises:
         `ValueError`: If the reference is sharded and therefore in no checkpoint.
     """
+    if (refreshed := getattr(trainer, "_moving", None)) is not None:
+        return refreshed.load(checkpoint)
     reference, path = moving_reference(trainer), Path(checkpoint, FILE)
     if reference is None:
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 
-from ..packed.forward import SharedPrefix, install
+from ..packed.forward import SharedPrefix, install, use_attention
 from ..upstream import UpstreamChanged
 from .foreign import Options, is_ours, overriding_class, without_super
 
@@ -93,7 +93,11 @@ class SharesPrefixes:
         return {name: dict(shared.counts) for name, shared in self._shared.items()}
 
     def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        try:
+            loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._shared:  # after the backward pass
+                use_attention(base_model(self, self.model), "sdpa")
         if self._shared and not self._forward_seen:
             self._forward_seen = True
             if not any(self._shared["policy"].counts.values()):

@@ -57,7 +57,7 @@ def test_every_option_is_off_by_default():
         ({"kl_placement": "loss"}, "kl_placement is read only with beta"),
         ({"kl_target": 0.1}, "kl_target is read only with beta"),
         ({"beta": 0.1, "kl_horizon": 5.0}, "kl_horizon is read only with kl_target"),
-        ({"beta": 0.1, "kl_placement": "both"}, "kl_placement must be 'loss' or 'reward', got 'both'"),
+        ({"beta": 0.1, "kl_placement": "sequence"}, "kl_placement must be 'loss' or 'reward' with Async.* 'sequence'"),
         ({"beta": 0.1, "kl_estimator": "exact"}, "reads logits, which AsyncGRPOTrainer does not keep"),
         ({"beta": 0.1, "kl_estimator": "k4"}, "kl_estimator 'k4' is neither one of"),
         ({"beta": 0.1, "kl_placement": "reward"}, "so advantage_estimator must be set"),

@@ -21,7 +21,8 @@ from trl_ext.trainers.async_grpo.step import StepAdvantages
 from trl_ext.trainers.foreign import Options
 
 HERE = {name: row for name, row in ADVANTAGE_ESTIMATORS.items() if row.within is not None}
-ACROSS = {name for name, row in HERE.items() if row.across is not None}
+# Rows that are refused although they need neither a critic nor a baseline, and why.
+NOT_HERE = {"prime": "rewards every token by a model that is trained on the outcomes of whole batches"}
 
 
 class OneProcess:
@@ -113,10 +114,10 @@ def in_flat_order(advantages, batch):
 @pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
 def test_every_row_says_what_is_done_within_a_prompt(name):
     row = ADVANTAGE_ESTIMATORS[name]
-    needs_more = row.values or row.baseline
-    assert (row.within is not None) != needs_more, (
+    not_here = row.values or row.baseline or name in NOT_HERE
+    assert (row.within is not None) != not_here, (
         f"the row of {name!r} must say `within` (and `across`, if statistics cross prompts), unless it needs a critic "
-        "or a baseline, which the rollout process does not have"
+        "or a baseline, which the rollout process does not have; or NOT_HERE must say why it cannot be brought here"
     )
     assert row.across is None or (ADVANTAGE_ESTIMATORS[row.across].across == row.across and row.per_token)
     assert (row.within is row.function) == (row.within is not None and row.across is None)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import trl
+from theorems import proves
 from tiny import logged, weights
 from tiny.dpo import build, pairs
 
@@ -29,6 +30,12 @@ def assert_equal_weights(ours, theirs):
 FILTER = {"loss_kwargs": {"beta_dpo": {"alpha": 0.1, "keep": 0.5}}}
 
 
+@pytest.mark.theorem(
+    "Side by side with TRL",
+    "β-DPO with α = 0 trains to the weights of TRL's DPO",
+    paper="beta_dpo",
+    at_most=0,
+)
 @pytest.mark.parametrize(
     ("loss_type", "options"),
     [("sigmoid", {}), ("sigmoid", {"kind": "lora"}), ("sigmoid_norm", {"logp_reduction": "mean"})],
@@ -39,6 +46,7 @@ def test_without_slope_it_trains_as_sigmoid_does_bit_for_bit(tiny_model, tmp_pat
     theirs = trained(TRLS, tiny_model, tmp_path, loss_type=[loss_type], **shared)
     ours = trained(OURS, tiny_model, tmp_path, **{**shared, "loss_kwargs": {"beta_dpo": {"alpha": 0.0}}, **options})
     assert_equal_weights(ours, theirs)
+    proves(weights(ours), weights(theirs))
     for our_entry, their_entry in zip(logged(ours), logged(theirs), strict=True):
         assert {name: our_entry[name] for name in ("loss", "grad_norm", "rewards/margins")} == {
             name: their_entry[name] for name in ("loss", "grad_norm", "rewards/margins")

@@ -10,7 +10,7 @@ from tiny.packed import save
 from transformers import AutoModelForCausalLM
 
 from trl_ext.functional.preference import PREFERENCE_LOSSES
-from trl_ext.packed.forward import NAME, shared_prefix_of
+from trl_ext.packed.forward import shared_prefix_of
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.dpo.losses import TRL_LOSSES
 
@@ -122,6 +122,25 @@ def test_precomputed_references_are_padded(made):
     assert ours.shared_prefix_counts.keys() == {"policy"}
 
 
+def test_with_precomputed_references_a_step_is_one_pass_of_the_backbone(made):
+    """Chosen and rejected in one row, the prompt once; TRL has both in one batch, and the prompt twice."""
+
+    def counted(classes, **options):
+        trainer = made(classes, precompute_ref_log_probs=True, per_device_train_batch_size=16, **options)
+        calls = []
+        trainer.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+        trainer.train()
+        return trainer, len(calls)
+
+    (ours, our_calls), (_, their_calls) = counted(OURS, shared_prefix=True), counted(TRLS)
+    looked_at = 2  # one packed pass of two rows, and TRL's of the same rows
+    assert their_calls == 1 and our_calls == their_calls + looked_at
+    rows, counts = list(ours.train_dataset), ours.shared_prefix_counts
+    tokens = sum(len(row["prompt_ids"]) - 1 + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    assert counts.keys() == {"policy"} and counts["policy"]["packed"] == 1
+    assert counts["policy"]["packed_tokens"] == tokens
+
+
 @pytest.mark.parametrize("kind", ["reference", "lora"])
 def test_bf16_autocast(made, kind):
     """TRL's default: not further from float32 than TRL is, with accelerate's wrapper around the reference too."""
@@ -164,7 +183,7 @@ def test_off_installs_nothing(made, monkeypatch):
 
 def test_on_it_counts_as_ours(made, tmp_path):
     trainer = made(OURS, shared_prefix=True)
-    assert trainer._is_ours and trainer.model.config._attn_implementation == NAME
+    assert trainer._is_ours and shared_prefix_of(trainer.model) is not None
     trainer.create_model_card()
     assert "- `shared_prefix`: `True`" in (tmp_path / "out" / "README.md").read_text()
 

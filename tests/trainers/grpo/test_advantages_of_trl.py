@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import trl
+from theorems import proves
 from tiny import PROMPTS, build, dataset, scripted_rollout
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
@@ -81,17 +82,32 @@ def close(actual, expected, label):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4 if label == "a near tie" else 1e-6)
 
 
+@pytest.mark.theorem(
+    "Side by side with TRL",
+    "`group_relative` and `group_mean` are the advantages of TRL's GRPO, with unscored, equal and nearly "
+    "equal rewards (float32)",
+    paper="deepseekmath",
+    at_most=0.0001,
+)
 @pytest.mark.parametrize("label", BATCHES)
 @pytest.mark.parametrize(("name", "scale"), [("group_relative", "group"), ("group_mean", "none")])
 def test_advantages_relative_to_the_group_are_those_of_grpo(tiny_model, folder, name, scale, label):
     output = grpo(tiny_model, folder, BATCHES[label], scale_rewards=scale)
     close(ours(name, BATCHES[label], output), output["advantages"], label)
+    proves(ours(name, BATCHES[label], output), output["advantages"])
 
 
+@pytest.mark.theorem(
+    "Side by side with TRL",
+    "`leave_one_out` gives the advantages of TRL's RLOO (float32)",
+    paper="rloo",
+    at_most=0.0001,
+)
 @pytest.mark.parametrize("label", BATCHES)
 def test_leave_one_out_advantages_are_those_of_rloo(tiny_model, folder, label):
     output = rloo(tiny_model, folder, BATCHES[label])
     close(ours("leave_one_out", BATCHES[label], output), output["advantages"], label)
+    proves(ours("leave_one_out", BATCHES[label], output), output["advantages"])
 
 
 def test_reinforce_plus_plus_with_baseline_is_rloo_with_normalised_advantages(tiny_model, folder):
@@ -106,6 +122,6 @@ def test_dividing_by_the_deviation_of_the_batch_is_not_reinforce_plus_plus(tiny_
     returns = [1.0, 0.0, 0.0, 0.0, 0.9, 1.0, 1.0, 0.8]
     output = grpo(tiny_model, folder, returns, scale_rewards="batch")
     theirs = torch.tensor([1.5266, -0.5089, -0.5089, -0.5089, -0.0509, 0.1527, 0.1527, -0.2544])
-    torch.testing.assert_close(output["advantages"], theirs, rtol=0, atol=1e-4)  # spec, vector C
+    torch.testing.assert_close(output["advantages"], theirs, rtol=0, atol=1e-4)
     for name in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
         assert not torch.allclose(ours(name, returns, output)[:, 0], theirs, atol=0.1)

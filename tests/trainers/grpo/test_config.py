@@ -239,7 +239,9 @@ def clipped_mean(batch, *, limit=1.0):
         ),
         (
             {"kl_estimator": "exact", "beta": 0.1, "sync_ref_model": True, "steps_per_generation": 8},
-            "kl_estimator='exact' reads hidden states and head of one reference, and sync_ref_model changes it",
+            "kl_estimator='exact' reads hidden states and head of one reference, and sync_ref_model changes it "
+            "between them when rollouts are reused (num_iterations or steps_per_generation). Use ref_refresh_steps, "
+            "which moves it between generation batches.",
         ),
         (
             {"kl_target": 0.1, "beta": 0.1},
@@ -329,6 +331,7 @@ def test_questionable_options_are_warned_about(options, message):
         {"kl_estimator": "k2", "beta": 0.1, "use_bias_correction_kl": False},
         {"kl_estimator": "test_config.config", "beta": 0.1},
         {"kl_estimator": "exact", "beta": 0.1, "sync_ref_model": True},
+        {"kl_estimator": "exact", "beta": 0.1, "ref_refresh_steps": 3, "num_iterations": 2},
         {"advantage_estimator": "test_config.clipped_mean", "advantage_kwargs": {"limit": 1e3}},
         {"advantage_estimator": "process_group_relative", "step_separator": "\\nabla"},
     ],

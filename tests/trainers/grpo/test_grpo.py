@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import trl
-from tiny import assert_same_weights, digits, logged, scripted_rollout
+from theorems import proves
+from tiny import assert_same_weights, digits, logged, scripted_rollout, weights
 from tiny.recorder import SEEN
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
@@ -19,12 +20,18 @@ LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "lusp
 # Off means upstream
 
 
+@pytest.mark.theorem(
+    "Side by side with TRL",
+    "With none of our options set, three updates leave the weights of TRL's GRPO, for eight loss types, full and LoRA",
+    at_most=0,
+)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_with_nothing_switched_on_the_weights_are_those_of_trl_bit_for_bit(train, loss_type, lora):
     options = {"loss_type": loss_type, "lora": lora, "beta": 0.1, "steps_per_generation": 2}
     ours, theirs = train(*OURS, **options), train(*TRLS, **options)
     assert_same_weights(ours, theirs)
+    proves(weights(ours), weights(theirs))
     timing = {"step_time"}
     for our_entry, their_entry in zip(logged(ours), logged(theirs), strict=True):
         assert our_entry.keys() == their_entry.keys()
@@ -40,6 +47,12 @@ def test_the_trainer_accepts_trls_own_config(train):
 # On, but equal
 
 
+@pytest.mark.theorem(
+    "Side by side with TRL",
+    "`group_relative` trains as TRL's GRPO does, for eight loss types, full and LoRA (weights, float32)",
+    paper="deepseekmath",
+    at_most=1e-05,
+)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_group_relative_trains_as_trl_does(train, loss_type, lora):
@@ -49,6 +62,7 @@ def test_group_relative_trains_as_trl_does(train, loss_type, lora):
     ours = train(*OURS, advantage_estimator="group_relative", **options)
     theirs = train(*TRLS, **options)
     assert_same_weights(ours, theirs, atol=2e-6, rtol=1e-5)
+    proves(weights(ours), weights(theirs))
     for a, b in zip(ours._logs["advantages"], theirs._logs["advantages"], strict=True):
         assert a == pytest.approx(b, abs=1e-6)
 

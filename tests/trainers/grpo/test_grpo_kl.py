@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import trl
+from theorems import proves
 from tiny import build, digits, logged, scripted_rollout, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -79,6 +80,13 @@ def pairs(tiny_model, tmp_path_factory):
 # On, but equal
 
 
+@pytest.mark.theorem(
+    "Side by side with TRL",
+    "`kl_estimator: k3` has TRL's loss and gradient, for eight loss types, on-policy and reused, with "
+    "and without tools (loss, and relative gradient, float32)",
+    paper="deepseekmath",
+    at_most=1e-06,
+)
 @pytest.mark.parametrize("corrected", [True, False], ids=["corrected", "plain"])
 @pytest.mark.parametrize("reused", [False, True], ids=["on-policy", "reused"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -98,6 +106,8 @@ def test_k3_in_the_loss_is_trls_kl_in_loss_and_gradient(pairs, monkeypatch, lora
                 inputs = {name: value for name, value in inputs.items() if name not in drop}
                 results.append(loss_and_gradient(trainer, inputs))
             assert_close(*results)
+            proves(*(loss for loss, _ in results))
+            proves((results[0][1] - results[1][1]).norm() / results[1][1].norm())
             kls = [trainer._metrics["train"]["kl"][-1] for trainer in (ours, theirs)]
             assert kls[0] == pytest.approx(kls[1], rel=1e-5) and kls[0] > 1e-3
 
@@ -211,6 +221,11 @@ def test_nan_under_the_mask_does_not_poison_the_loss(pairs):
 # Exact
 
 
+@pytest.mark.theorem(
+    "KL",
+    "`kl_estimator: exact` has the gradient of the sum over the vocabulary (relative, float32 against float64)",
+    at_most=1e-05,
+)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -242,6 +257,7 @@ def test_exact_is_the_sum_over_the_vocabulary(pairs, monkeypatch, lora, loss_typ
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
     assert loss > 1e-3
     assert_close(ours, (loss.detach().float(), gradient), loss=1e-5, gradient=1e-5)
+    proves((ours[1] - gradient).norm() / gradient.norm())
     assert trainer._metrics["train"]["kl"][-1] == pytest.approx(((kl * mask).sum() / mask.sum()).item(), rel=1e-4)
 
 

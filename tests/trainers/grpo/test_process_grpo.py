@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import trl
-from tiny import CHARACTERS, assert_same_weights, digits, logged, save_model, scripted_rollout
+from theorems import proves
+from tiny import CHARACTERS, assert_same_weights, digits, logged, save_model, scripted_rollout, weights
 from tiny.recorder import SEEN
 from tokenizers import decoders
 from torch.nn.functional import pad
@@ -129,6 +130,12 @@ def test_step_rewards_reach_the_sampled_tokens_also_around_tool_output(train):
     assert list(trainer._logs["advantages"]) == pytest.approx(per_row.tolist(), abs=1e-6)
 
 
+@pytest.mark.theorem(
+    "Side by side with TRL",
+    "One step per completion: process supervision trains to the weights of outcome supervision",
+    paper="deepseekmath",
+    at_most=0,
+)
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "sapo"])
 def test_one_step_per_completion_trains_as_outcome_grpo_bit_for_bit(train, loss_type):
     def one_step(completions, completion_steps, **kwargs):
@@ -139,6 +146,7 @@ def test_one_step_per_completion_trains_as_outcome_grpo_bit_for_bit(train, loss_
     by_step = train(*OURS, advantage_estimator="process_group_relative", reward_funcs=one_step, **options)
     outcome = train(*OURS, advantage_estimator="group_relative", **options)
     assert_same_weights(by_step, outcome)
+    proves(weights(by_step), weights(outcome))
     assert any(value for value in outcome._logs["advantages"])
     assert [e["loss"] for e in logged(by_step)] == [e["loss"] for e in logged(outcome)]
 

@@ -6,14 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trl
+from theorems import proves
 from tiny import build, logged, weights
 from tiny.packed import by_tokens, prompts, rollout, save
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 from trl_ext.packed import attention
 from trl_ext.packed.forward import NAME, shared_prefix_of
+from trl_ext.packed.verdict import has_dropout
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
 from trl_ext.trainers.shared_prefix import check_shared_prefix
+from trl_ext.upstream import UpstreamChanged
 
 OURS, TRLS = (GRPOTrainer, GRPOConfig), (trl.GRPOTrainer, trl.GRPOConfig)
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -98,10 +102,15 @@ def assert_close(ours, theirs):
     assert (ours[1] - theirs[1]).norm() <= LIMIT * theirs[1].norm()
 
 
+@pytest.mark.theorem(
+    "Shared prefixes",
+    "A packed training step has TRL's gradient, for eight loss types, full and LoRA (relative, float32)",
+    at_most=1e-05,
+)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_loss_and_gradient_are_trls_for_every_loss_type(made, monkeypatch, lora, level):
-    options = {"beta": 0.1, "num_iterations": 2, "lora": lora, "importance_sampling_level": level}
+    options = {"beta": 0.1, "steps_per_generation": 2, "lora": lora, "importance_sampling_level": level}
     ours, theirs = made(OURS, shared_prefix=True, **options), made(TRLS, **options)
     our_inputs, their_inputs = scored(ours), scored(theirs)
     for name in ("old_per_token_logps", "ref_per_token_logps"):
@@ -109,7 +118,9 @@ def test_loss_and_gradient_are_trls_for_every_loss_type(made, monkeypatch, lora,
     for loss_type in LOSS_TYPES:
         for trainer in (ours, theirs):
             monkeypatch.setattr(trainer, "loss_type", loss_type)
-        assert_close(loss_and_gradient(ours, our_inputs), loss_and_gradient(theirs, their_inputs))
+        our, their = loss_and_gradient(ours, our_inputs), loss_and_gradient(theirs, their_inputs)
+        assert_close(our, their)
+        proves((our[1] - their[1]).norm() / their[1].norm())
         for name in ("kl", "entropy"):
             our, their = (trainer._metrics["train"][name][-1] for trainer in (ours, theirs))
             assert our == pytest.approx(their, rel=1e-4) and their > 1e-3
@@ -144,6 +155,12 @@ CASES = {
     "checkpointing": {"lora": True, "beta": 0.1, "gradient_checkpointing": True},
     "checkpointing, full": {"gradient_checkpointing": True},
     "reused rollouts": {"beta": 0.1, "num_iterations": 2, "max_steps": 2},
+    "reused twice, torn groups": {
+        "num_iterations": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3,
+    },
+    "reused within a step and beyond it": {
+        "num_iterations": 3, "steps_per_generation": 1, "gradient_accumulation_steps": 2, "max_steps": 3, "lora": True,
+    },
     "two micro-batches, torn groups": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     "four micro-batches, torn groups": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "steps per generation": {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 2},
@@ -230,15 +247,46 @@ def test_evaluation(made):
 # Generation sees the model's own attention
 
 
+def names_in_the_backward_pass(trainer) -> list:
+    """What the model's config has named its attention, at each backward pass."""
+    found, backward = [], trainer.accelerator.backward
+    trainer.accelerator.backward = lambda *a, **k: (
+        found.append(trainer.model.config._attn_implementation) or backward(*a, **k)
+    )
+    return found
+
+
 def test_generation_and_saving_do_not_see_the_name_of_our_attention(made, tmp_path):
     seen = []
     trainer = made(OURS, shared_prefix=True, rollout_func=None, max_completion_length=4)
     config, generate = trainer.model.config, trainer.model.generate
     trainer.model.generate = lambda *a, **k: seen.append(config._attn_implementation) or generate(*a, **k)
+    in_steps = names_in_the_backward_pass(trainer)
     trainer.train()
-    assert {*seen} == {"sdpa"} and config._attn_implementation == NAME
+    assert {*seen} == {config._attn_implementation} == {"sdpa"} and in_steps == [NAME]
     trainer.save_model(str(tmp_path / "saved"))
     assert NAME not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_outside_of_training_steps_the_model_has_its_own_attention_and_rows_are_packed(made):
+    """Continuous batching refuses a name that it does not know."""
+
+    class Ends(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            outside.append(model.config._attn_implementation)
+
+    options = {"beta": 0.1, "eval_dataset": prompts().select(range(4)), "gradient_checkpointing": True, "max_steps": 2}
+    trainer = made(OURS, shared_prefix=True, **options)
+    models, inside = [trainer.model, trainer.ref_model], names_in_the_backward_pass(trainer)
+    outside = [model.config._attn_implementation for model in models]
+    trainer.add_callback(Ends)
+    trainer.train()
+    before = trainer.shared_prefix_counts["policy"]["packed"]
+    trainer.evaluate()
+    assert trainer.shared_prefix_counts["policy"]["packed"] > before
+    outside += [model.config._attn_implementation for model in models]
+    assert inside == [NAME] * 2 and outside == ["sdpa"] * 6
+    assert {counts["padded"] for counts in trainer.shared_prefix_counts.values()} == {0}
 
 
 # Counts
@@ -303,6 +351,89 @@ def test_products_with_the_vocabulary(made, options, products):
     assert trainer.shared_prefix_counts["policy"]["packed"] > before["packed"]
 
 
+# Old log-probs of reused rollouts
+
+
+def passes(trainer) -> int:
+    """Forward passes of the policy in two steps on one generation batch."""
+    trained(trainer)
+    return sum(trainer.shared_prefix_counts["policy"][kind] for kind in ("packed", "padded"))
+
+
+def by_completion(batch) -> dict:
+    """Old log-probs of each row; rows of ours are in another order."""
+    rows = zip(*(batch[name] for name in ("completion_ids", "completion_mask", "old_per_token_logps")), strict=True)
+    return {tuple(ids[mask.bool()].tolist()): logps[mask.bool()] for ids, mask, logps in rows}
+
+
+REUSED = {"num_iterations": 2, "max_steps": 2}
+
+
+def test_old_log_probs_are_those_of_the_first_training_pass(made):
+    seen = []
+
+    class Watched(GRPOTrainer):
+        def training_step(self, model, inputs, *args):
+            loss = super().training_step(model, inputs, *args)
+            seen.append(self._buffered_inputs[0]["old_per_token_logps"])
+            return loss
+
+    trainer = made((Watched, GRPOConfig), shared_prefix=True, **REUSED)
+    assert passes(trainer) == 2 and seen[1] is seen[0] and trainer.num_iterations == 2
+    theirs = made(TRLS, **REUSED)
+    trained(theirs)
+    ours, expected = (by_completion(t._buffered_inputs[0]) for t in (trainer, theirs))
+    assert ours.keys() == expected.keys() and len(ours) == 8
+    for completion, logps in ours.items():
+        torch.testing.assert_close(logps, expected[completion], atol=1e-5, rtol=1e-5)
+
+
+EARLIER = {
+    "KL in the reward": {"beta": 0.1, "kl_placement": "reward", "advantage_estimator": "reinforce_plus_plus"},
+    "an optimizer step before all rows were seen": {
+        "num_iterations": 1, "per_device_train_batch_size": 4, "steps_per_generation": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EARLIER)
+def test_where_they_are_needed_earlier_they_have_a_pass_of_their_own(made, case):
+    options = {**REUSED, **EARLIER[case]}
+    ours = made(OURS, shared_prefix=True, **options)
+    scoring = 2 if "per_device_train_batch_size" in options else 1  # by the micro-batch
+    assert passes(ours) == 2 + scoring
+    assert ours._buffered_inputs[0]["old_per_token_logps"] is not None
+    assert_same_update(made(OURS, shared_prefix=True, **options), made(OURS, **options))
+
+
+def test_with_dropout_they_have_a_pass_of_their_own(made):
+    trainer = made(OURS, shared_prefix=True, lora=True, **REUSED)
+    assert trainer._takes_old and not has_dropout(trainer.model.get_base_model())
+    layer = next(module for module in trainer.model.modules() if hasattr(module, "lora_dropout"))
+    layer.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    assert not trainer._first_pass_is_old()
+    layer.lora_dropout["default"].p = 0.0
+    trainer.model.config.attention_dropout = 0.1
+    assert not trainer._first_pass_is_old()
+
+
+@pytest.mark.parametrize("method", ["_generate_and_score_completions", "_compute_loss"])
+def test_with_a_subclass_that_may_read_them_they_have_a_pass_of_their_own(made, method):
+    def override(self, *args):
+        return getattr(GRPOTrainer, method)(self, *args)
+
+    trainer = made((type("Theirs", (GRPOTrainer,), {method: override}), GRPOConfig), shared_prefix=True, **REUSED)
+    assert passes(trainer) == 3
+
+
+def test_a_batch_that_is_not_kept_between_its_passes_is_an_error(made):
+    trainer = made(OURS, shared_prefix=True, **REUSED)
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, *args, **kwargs: compute_loss(model, {**inputs}, *args, **kwargs)
+    with pytest.raises(UpstreamChanged, match="not kept between its passes"):
+        trainer.train()
+
+
 # Rows whose advantage is 0
 
 
@@ -344,7 +475,7 @@ def test_with_a_kl_in_the_reward_rows_may_be_left_out(made):
 
 def test_off_installs_nothing(made, monkeypatch):
     refuse = lambda *args, **kwargs: pytest.fail("ours was asked")  # noqa: E731
-    for name in ("shared_prefix.install", "grpo.packed_steps.keep_groups", "grpo.packed_steps.plain_attention"):
+    for name in ("shared_prefix.install", "shared_prefix.use_attention", "grpo.packed_steps.keep_groups"):
         monkeypatch.setattr(f"trl_ext.trainers.{name}", refuse)
     trainer, theirs = made(OURS, beta=0.1), made(TRLS, beta=0.1)
     assert not trainer._is_ours and trainer.shared_prefix_counts == {}

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import trl
+from theorems import proves
 from tiny import assert_same_weights, build, digits, logged, scripted_rollout, weights
 
 from trl_ext.functional.reductions import aggregated
@@ -47,6 +48,12 @@ class GivenGRPO(Given, GRPOTrainer):
     pass
 
 
+@pytest.mark.theorem(
+    "Rewards-to-go and critics",
+    "Given the advantages, the policy of PPO trains to the weights of GRPO: the critic does not touch it",
+    paper="ppo",
+    at_most=0,
+)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize(
     "options",
@@ -59,6 +66,7 @@ def test_with_given_advantages_the_policy_is_grpos_bit_for_bit(train, lora, opti
     grpo = train(GivenGRPO, GRPOConfig, advantage_estimator="reinforce", kl_placement="reward", **given)
     ours = {name: weight for name, weight in weights(ppo).items() if ".critic." not in name}
     same(ours, weights(grpo))
+    proves(ours, weights(grpo))
     for mine, theirs in zip(logged(ppo), logged(grpo), strict=True):
         names = {name for name in theirs if "advantages" not in name and name != "step_time"}
         assert {name: mine[name] for name in names} == {name: theirs[name] for name in names}

@@ -70,8 +70,8 @@ def check_kl(options: Any) -> None:
     if placement is None or estimator is None:
         refuse_without(options, ["kl_estimator", "kl_placement", "kl_target", "kl_horizon", "kl_target_unit"], "beta")
         return
-    if placement not in DEFAULT_ESTIMATOR:
-        raise ValueError(f"kl_placement must be 'loss' or 'reward', got {placement!r}.")
+    if placement not in ("loss", "reward"):
+        raise ValueError(f"kl_placement must be 'loss' or 'reward' with AsyncGRPOTrainer, got {placement!r}.")
     if estimator == "exact":
         raise ValueError(
             "kl_estimator='exact' reads logits, which AsyncGRPOTrainer does not keep. Use 'k2' or 'k3' in the loss, "

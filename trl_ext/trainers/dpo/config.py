@@ -8,6 +8,7 @@ from trl.trainer.dpo_config import DPOConfig as _DPOConfig
 from ...functional.preference import PREFERENCE_LOSSES, PSIS
 from ..foreign import OnlyInOurTrainer, Options, option, options_set, warn_of_foreign_fields
 from ..interruptions import callback_classes
+from ..reference_checks import check_reference
 from ..shared_prefix import check_shared_prefix
 from ..written import read_as_meant
 from .losses import TRL_LOSSES, parse_losses
@@ -50,6 +51,16 @@ class DPOConfig(OnlyInOurTrainer, _DPOConfig):
         shared_prefix (`bool`, *optional*):
             Whether the prompt of each pair is computed once and padding not at all, with the same losses and
             gradients. See docs/performance.md for what it gains and when it falls back to TRL's forward.
+        ref_refresh_steps (`int`, *optional*):
+            Optimizer steps after which the reference becomes the policy, at the start of the next one. See
+            docs/methods/reference.md.
+        ref_refresh_kl (`float`, *optional*):
+            Of `GRPOConfig`, and refused here: the log-ratios of pairs are no KL.
+        ref_refresh_alpha (`float`, *optional*):
+            The new reference is (1 - alpha) times the old one plus alpha times the policy; 1 if unset. Below 1 only
+            without an adapter.
+        ref_refresh_optimizer (`bool`, *optional*):
+            Whether a refresh also empties the optimizer. Schedule and step count go on.
     """
 
     _VALID_DICT_FIELDS = [*_DPOConfig._VALID_DICT_FIELDS, "loss_kwargs"]
@@ -102,6 +113,22 @@ class DPOConfig(OnlyInOurTrainer, _DPOConfig):
         default=None,
         metadata={"help": "Compute the prompt of each pair once and no padding. Default: TRL's own forward."},
     )
+    ref_refresh_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps after which the reference becomes the policy. Default: never."},
+    )
+    ref_refresh_kl: float | None = field(
+        default=None,
+        metadata={"help": "Of GRPO, and refused here: the log-ratios of pairs are no KL."},
+    )
+    ref_refresh_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the policy in the new reference, below 1 only without an adapter. Default: 1."},
+    )
+    ref_refresh_optimizer: bool | None = field(
+        default=None,
+        metadata={"help": "Empty the optimizer's state too when the reference is refreshed."},
+    )
 
     def __post_init__(self):
         warn_of_foreign_fields(self)
@@ -114,6 +141,7 @@ class DPOConfig(OnlyInOurTrainer, _DPOConfig):
         check_loss_kwargs(self)
         check_losses(self, parse_losses(self))
         check_shared_prefix(Options(self))
+        check_reference(Options(self), pairs=True)
 
     def options_for_our_trainer(self) -> dict[str, Any]:
         """Our fields that are set, and `loss_type` where it holds names of ours."""

@@ -61,6 +61,9 @@ def check_losses(config: Any, losses: PairLosses) -> None:
             )
     if option(config, "psi") is not None and not any(loss.row.psi for loss in losses.ours):
         raise ValueError(PSI_AND_LOSS.format(losses_with_psi()))
+    reads_reference = not losses.reference_free and not {*config.loss_type} <= {"sft"}
+    if option(config, "ref_refresh_steps") is not None and not reads_reference:
+        raise ValueError(f"ref_refresh_steps has no effect: loss_type {config.loss_type} reads no reference model.")
     _check_options(config, losses)
     _check_label_smoothing(config, losses)
     if not losses:

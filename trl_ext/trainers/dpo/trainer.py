@@ -18,6 +18,7 @@ from ..foreign import Needed, option
 from ..input_checks import column_names, datasets_of, require_columns, require_eos, require_texts
 from ..interruptions import Interruptible, add_callbacks
 from ..model_card import add_model_tag, model_card_with_options
+from ..moving_reference import MovesReference
 from ..shared_prefix import SharesPrefixes
 from .columns import CollatorWithColumns, check_columns, columns_of, without_our_columns
 from .config import DPOConfig as DPOConfig
@@ -27,7 +28,7 @@ from .refusals import check_targets
 from .taps import FirstOutput, overridden
 
 
-class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
+class DPOTrainer(MovesReference, SharesPrefixes, Interruptible, _DPOTrainer):
     """
     TRL's [`~trl.DPOTrainer`] with the options of [`DPOConfig`]. Takes the same arguments.
 
@@ -78,7 +79,7 @@ class DPOTrainer(SharesPrefixes, Interruptible, _DPOTrainer):
 
     @property
     def _is_ours(self) -> bool:  # type: ignore[override]
-        return bool(self._losses) or bool(self._shared)
+        return bool(self._losses or self._shared or self._moving)
 
     def _without_reference(self, given: dict[str, Any]) -> dict[str, Any]:
         """What TRL's constructor is to read so that it loads no reference, where none is read."""

@@ -178,9 +178,8 @@ def refuse_per_token(options: Any) -> None:
 # Steps
 
 
-def check_steps(options: Any) -> None:
-    """Refuses options for rewards of steps that cannot be honoured."""
-    name = options.advantage_estimator
+def check_cuts(options: Any) -> None:
+    """Refuses options that say where steps end and cannot be honoured."""
     if not isinstance(options.step_separator, str) or not options.step_separator:
         raise ValueError(f"step_separator must be a text of at least one character, got {options.step_separator!r}.")
     refuse_escapes("step_separator", options.step_separator)
@@ -190,6 +189,12 @@ def check_steps(options: Any) -> None:
             raise ValueError(
                 "step_ends_function finds the steps by itself, so step_separator is not read. Remove one."
             )
+
+
+def check_steps(options: Any) -> None:
+    """Refuses options for rewards of steps that cannot be honoured."""
+    name = options.advantage_estimator
+    check_cuts(options)
     for option, default in (("step_separator", "\n"), ("step_ends_function", None)):
         if name is None and getattr(options, option) != default:
             raise ValueError(f"{option} is read only with advantage_estimator; set that too, or remove it.")

@@ -6,9 +6,11 @@ from trl.trainer.grpo_config import GRPOConfig as _GRPOConfig
 
 from ..foreign import OnlyInOurTrainer, Options, warn_of_foreign_fields
 from ..interruptions import callback_classes
+from ..reference_checks import check_reference
 from ..shared_options import SharedOptions
 from ..written import read_as_meant
 from .checks import check_advantages, check_num_generations, check_steps, check_texts, kl_choice
+from .implicit_prm import check_implicit_prm
 from .kl_checks import check_kl
 from .packed_steps import check_packed_steps
 
@@ -62,6 +64,9 @@ class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
             Weight of the advantages from rewards of whole completions there. Both are normalised separately.
         process_reward_model (`str` or `dict[str, Any]`, *optional*):
             Options of [`~trl_ext.rewards.ProcessRewardModel`], to be added to the reward functions.
+        implicit_prm (`str` or `dict[str, Any]`, *optional*):
+            Options of an implicit process-reward model, trained on the outcomes while the policy is, which rewards
+            every token: [`~trl_ext.trainers.grpo.implicit_prm.ImplicitPRMOptions`]. `{}` switches it on as it is.
         callback_paths (`list[str]` or `str`, *optional*):
             Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments.
             One with an attribute `trainer` is given the trainer.
@@ -71,10 +76,31 @@ class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
         skip_zero_advantages (`bool`, *optional*):
             With `shared_prefix`, whether rows whose advantage is 0 are left out of the loss's forward pass; the update
             is the same.
+        ref_refresh_steps (`int`, *optional*):
+            Optimizer steps after which the reference becomes the policy, at the start of the next generation batch.
+            See docs/methods/reference.md.
+        ref_refresh_kl (`float`, *optional*):
+            The same where the logged `kl`, in nats per token, averaged since the last generation batch began, is above
+            this. With both, either suffices.
+        ref_refresh_alpha (`float`, *optional*):
+            The new reference is (1 - alpha) times the old one plus alpha times the policy; 1 if unset. Below 1 only
+            without an adapter.
+        ref_refresh_optimizer (`bool`, *optional*):
+            Whether a refresh also empties the policy's optimizer, as ProRL does. Schedule and step count go on.
+        ref_total_kl (`bool`, *optional*):
+            Whether the KL to the *first* policy is logged as `ref/total_kl`, once per log interval. `None`: with an
+            adapter. Without one it keeps a copy of the model in main memory.
     """
 
-    _VALID_DICT_FIELDS = [*_GRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model"]
+    _VALID_DICT_FIELDS = [*_GRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model", "implicit_prm"]
 
+    implicit_prm: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward every token by an implicit process-reward model that is trained on the outcomes, such as "
+            '\'{"beta": 0.05, "learning_rate": 1e-4}\'.'
+        },
+    )
     shared_prefix: bool | None = field(
         default=None,
         metadata={"help": "Compute the prompt of each group once and no padding. Default: TRL's own forward."},
@@ -82,6 +108,28 @@ class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
     skip_zero_advantages: bool | None = field(
         default=None,
         metadata={"help": "With shared_prefix, leave out rows whose advantage is 0; the update is the same."},
+    )
+    ref_refresh_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps after which the reference becomes the policy. Default: never."},
+    )
+    ref_refresh_kl: float | None = field(
+        default=None,
+        metadata={"help": "KL in nats per token above which the reference becomes the policy. Default: never."},
+    )
+    ref_refresh_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the policy in the new reference, below 1 only without an adapter. Default: 1."},
+    )
+    ref_refresh_optimizer: bool | None = field(
+        default=None,
+        metadata={"help": "Empty the optimizer's state too when the reference is refreshed."},
+    )
+    ref_total_kl: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Log the KL to the first policy when the reference is refreshed. Default: with an adapter only."
+        },
     )
 
     def __post_init__(self):
@@ -98,7 +146,9 @@ class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
         check_advantages(options)
         check_kl(options)
         check_steps(options)
+        check_implicit_prm(options)
         check_packed_steps(options, kl_in_loss=self.beta != 0.0 and kl_choice(options)[0] != "reward")
+        check_reference(options)
         callback_classes(options.callback_paths)
 
     @property

@@ -103,6 +103,22 @@ class BetaController:
         return next_beta(beta, kl / count, self.target, completions, self.horizon) if count else beta
 
 
+def log_probs(trainer: Any, model: Any, output: dict) -> torch.Tensor:
+    """Log-probs of the tokens of a scored batch under a model as it is now, `(B, T)`, without graph."""
+    args = trainer.args
+    taken = inspect.signature(getattr(_GRPOTrainer, _LOG_PROBS)).parameters
+    size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
+    with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
+        return trainer._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+            torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+            output["completion_ids"].size(1),
+            batch_size=size,
+            **{name: value for name, value in output.items() if name in taken},  # images and their like
+        )[0]
+
+
 class ForwardPass(NamedTuple):
     """Log-probs of the completions, `(B, T)`, and, for the exact KL, the hidden states that predict them."""
 
@@ -187,25 +203,10 @@ class KLPenalty:
         """The KL of the policy that sampled, a constant: `(B, T)`, nats, 0 at untrainable tokens; and its sums."""
         sampler = output.get("old_per_token_logps")
         if sampler is None:  # TRL leaves it out where it equals the policy that the loss will see first
-            sampler = self._policy_logps(output)
+            sampler = log_probs(self.trainer, self.trainer.model, output)
         reference = output["ref_per_token_logps"]
         per_token_kl = kl_in_loss(self._estimator, sampler, reference, sampler, mask, bias_correction=False)
         return per_token_kl, kl_sums(per_token_kl, sampler, reference, sampler, mask)
-
-    def _policy_logps(self, output: dict) -> torch.Tensor:
-        """Log-probs of the sampled tokens under the current policy, `(B, T)`, without graph."""
-        trainer, args = self.trainer, self.trainer.args
-        taken = inspect.signature(getattr(_GRPOTrainer, _LOG_PROBS)).parameters
-        size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
-        with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
-            return trainer._get_per_token_logps_and_entropies(
-                trainer.model,
-                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
-                output["completion_ids"].size(1),
-                batch_size=size,
-                **{name: value for name, value in output.items() if name in taken},  # images and their like
-            )[0]
 
     # In the loss
 

@@ -84,8 +84,8 @@ def _check_exact(options: Any) -> None:
     if options.sync_ref_model and options._rollouts_reused:
         raise ValueError(
             "kl_estimator='exact' reads hidden states and head of one reference, and sync_ref_model changes it "
-            "between them when rollouts are reused (num_iterations or steps_per_generation). Use 'k2' or 'k3', or "
-            "one optimizer step per generation batch."
+            "between them when rollouts are reused (num_iterations or steps_per_generation). Use ref_refresh_steps, "
+            "which moves it between generation batches."
         )
 
 

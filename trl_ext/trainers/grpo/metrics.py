@@ -33,10 +33,11 @@ def kl_sums(
     return torch.stack([x.sum().float() for x in (per_token_kl.detach(), *estimates, saturated, *counts)])
 
 
-def kl_metrics(sums: torch.Tensor) -> dict[str, float]:
-    """Means over the trainable tokens of all processes, of the summed [`kl_sums`]."""
+def kl_metrics(sums: torch.Tensor, beta: float | None = None) -> dict[str, float]:
+    """Means over the trainable tokens of all processes, of the summed [`kl_sums`]; and `kl/beta`, if it is given."""
     tokens = max(sums[-3].item(), 1.0)
-    return {name: total / tokens for name, total in zip(_KL_MEANS, sums.tolist(), strict=False)}
+    means = {name: total / tokens for name, total in zip(_KL_MEANS, sums.tolist(), strict=False)}
+    return means if beta is None else {**means, "kl/beta": beta}
 
 
 def _per_token(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,22 @@
-"""GRPO's own part of `shared_prefix`: groups stay together, and rows with advantage 0 cost nothing."""
+"""
+GRPO's own part of `shared_prefix`: groups stay together, rows with advantage 0 cost nothing, and reused rollouts take
+their old log-probs from the first training pass.
+"""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from ...packed.forward import plain_attention
 from ...packed.order import keep_groups
+from ...packed.verdict import has_dropout
+from ...upstream import UpstreamChanged
 from ..foreign import Options, is_ours, overriding_class
 from ..input_checks import warn_user
 from ..shared_prefix import SharesPrefixes, base_model, check_shared_prefix
+from .checks import kl_choice
+
+_ON_THE_WAY_TO_THE_LOSS = ("_get_per_token_logps_and_entropies", "_compute_loss", "compute_loss")
+_OLD = "old_per_token_logps"
 
 
 def check_packed_steps(options: Any, kl_in_loss: bool) -> None:
@@ -59,14 +66,20 @@ class PackedSteps(SharesPrefixes):
     _entropy_bonus_enabled: bool
     _buffered_inputs: list[dict[str, Any]] | None
     _step: int
+    num_iterations: int
+    use_vllm: bool
+    vllm_importance_sampling_correction: bool
     _skips = False  # whether rows with advantage 0 are left out
     _keeps_order = False  # whether a loss that we do not know may depend on which rows share a micro-batch
+    _takes_old = False  # whether old log-probs are those of the first training pass
+    _logps: torch.Tensor | None = None  # of the last pass, until the loss has been computed
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if not self._shared:
             return
-        self._skips, others = bool(Options(self.args).skip_zero_advantages), self._losses_of_others()
+        self._skips, others = bool(Options(self.args).skip_zero_advantages), self._others(_ON_THE_WAY_TO_THE_LOSS)
+        self._takes_old = self._first_pass_is_old()
         if others:
             if self._skips:
                 warn_user(f"skip_zero_advantages is off: {others[0]} may use rows whose advantage is 0.")
@@ -77,16 +90,11 @@ class PackedSteps(SharesPrefixes):
                 )
             self._skips, self._keeps_order = False, True
 
-    def _losses_of_others(self) -> list[str]:
-        """Methods of somebody else's on the way to the loss."""
+    def _others(self, names: tuple[str, ...]) -> list[str]:
+        """Methods of these names that are somebody else's."""
         base = next(cls for cls in type(self).__mro__ if is_ours(cls))
-        names = ("_get_per_token_logps_and_entropies", "_compute_loss", "compute_loss")
         found = {name: overriding_class(self, base, name) for name in names}
         return [f"{cls.__module__}.{cls.__qualname__}.{name}" for name, cls in found.items() if cls is not None]
-
-    def _generate_single_turn(self, *args, **kwargs):
-        with plain_attention(base_model(self, self.model)) if self._shared else nullcontext():
-            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs if self._shared else None
@@ -103,12 +111,54 @@ class PackedSteps(SharesPrefixes):
         known = self.loss_type == "bnpo" or self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
         return known or self._keeps_order
 
+    # Old log-probs
+
+    def _first_pass_is_old(self) -> bool:
+        """
+        Whether rollouts are reused, and each row is trained on once before the weights first change: the log-probs of
+        that pass are the old ones. Not where somebody reads them earlier, nor with dropout, of which a pass of their
+        own draws another mask.
+        """
+        args, options = self.args, Options(self.args)
+        window, batch = args.gradient_accumulation_steps, args.steps_per_generation
+        reused = window % batch == 0 and window % (batch * self.num_iterations) != 0
+        earlier = (self.use_vllm and self.vllm_importance_sampling_correction) or kl_choice(options)[0] == "reward"
+        names = (*_ON_THE_WAY_TO_THE_LOSS, "_generate_and_score_completions", "_prepare_inputs")
+        return reused and not (earlier or has_dropout(base_model(self, self.model)) or self._others(names))
+
+    def _generate_and_score_completions(self, inputs):
+        iterations = self.num_iterations
+        if self._takes_old:
+            self.num_iterations = 1  # TRL leaves the old log-probs out then
+        try:
+            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        finally:
+            self.num_iterations = iterations
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
+        if self._takes_old:
+            self._logps = result[0].detach()
+        return result
+
     def _compute_loss(self, model, inputs):
+        first = self._takes_old and self.model.training and inputs.get(_OLD) is None
+        batches = self.args.steps_per_generation
+        if first and self._step % (batches * self.num_iterations) >= batches:
+            raise UpstreamChanged("the rows of a generation batch are not kept between its passes")
+        loss = self._loss_of_rows(model, inputs)
+        if first:
+            inputs[_OLD] = self._logps  # in TRL's buffer, from which the next passes take it
+        self._logps = None
+        return loss
+
+    def _loss_of_rows(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss, for which rows without effect may be left out of the forward pass."""
         without = rows_without_effect(inputs) if self._skips and self.model.training else None
         if without is None:
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
-        if (old := inputs.get("old_per_token_logps")) is not None:
+        if (old := inputs.get(_OLD)) is not None:
             # Their log-probs will be 0, and 0 · exp(0 − old) must not be 0 · ∞.
-            inputs = {**inputs, "old_per_token_logps": old.masked_fill(without[:, None], 0.0)}
+            inputs = {**inputs, _OLD: old.masked_fill(without[:, None], 0.0)}
         with self._shared["policy"].leaving_out(without):
             return super()._compute_loss(model, inputs)  # type: ignore[misc]

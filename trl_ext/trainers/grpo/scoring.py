@@ -51,6 +51,8 @@ class Scoring:
         self.row = estimator_row(self.name)
         if self.row.values and not hasattr(trainer, "critic"):
             raise ValueError(NEEDS_CRITIC.format(self.name))
+        # With an implicit process-reward model no function need give step rewards.
+        self._row_of_calls = self.row._replace(steps="added") if options.implicit_prm is not None else self.row
         self._kwargs = options_of(self.row, options)
         path = options.step_ends_function
         self._step_options = options.step_separator, import_path(path) if path else None
@@ -89,7 +91,7 @@ class Scoring:
         tokenizer = getattr(trainer, "_tokenizer", None)  # needed only where steps are cut
         cuts = StepCuts(completion_ids, rollout.tool_mask, tokenizer, *self._step_options)
         advice = names_of(lambda row: row.steps == "needed")
-        rollout.calls = calls = RewardCalls(trainer.reward_func_names, self.name, self.row, cuts, advice)
+        rollout.calls = calls = RewardCalls(trainer.reward_func_names, self.name, self._row_of_calls, cuts, advice)
         functions = trainer.reward_funcs
         trainer.reward_funcs = [calls.wrapped(i, function) for i, function in enumerate(functions)]
         try:
@@ -102,7 +104,7 @@ class Scoring:
         calls, names = rollout.calls, self.trainer.reward_func_names
         assert calls is not None
         rollout.process = calls.agree()
-        if self.row.steps == "needed" and not calls.called:
+        if self._row_of_calls.steps == "needed" and not calls.called:
             raise self._changed("_calculate_rewards", "calls no reward function, so that there are no step rewards")
         if rewards_per_func.dim() != 2 or rewards_per_func.size(1) != len(names):
             raise self._changed(
@@ -143,7 +145,12 @@ class Scoring:
     # Advantages
 
     def batch(
-        self, rollout: Rollout, local_mask: torch.Tensor, num_generations: int, **extras: torch.Tensor | None
+        self,
+        rollout: Rollout,
+        local_mask: torch.Tensor,
+        num_generations: int,
+        of_tokens: torch.Tensor | None = None,
+        **extras: torch.Tensor | None,
     ) -> RewardBatch:
         """
         The rewards of all processes. Gather first, then compute: estimators know no ranks.
@@ -155,16 +162,17 @@ class Scoring:
                 Trainable tokens of this process.
             num_generations (`int`):
                 Completions per prompt.
+            of_tokens (`torch.Tensor` of shape `(N, T)`, *optional*):
+                Rewards of all trainable tokens, each a step, of all processes.
             extras:
                 Further fields of [`RewardBatch`], of all processes already.
         """
-        if rollout.rewards_per_func is None:
-            raise self._changed("_generate_and_score_completions", "does not call _calculate_rewards")
         mask = self.gathered(local_mask)
-        names, clip = self.trainer.reward_func_names, self.options.reward_clip_range
-        returns = weighted_returns(rollout.rewards_per_func, self.trainer.reward_weights, names, clip)
-        outcome, scored = reward_at_end(returns, mask)
+        outcome, scored = reward_at_end(self.returns(rollout), mask)
         steps, steps_scored = self._steps(rollout, local_mask)
+        if of_tokens is not None:
+            steps = of_tokens.double() if steps is None else of_tokens.double() + steps
+            rollout.step_ends = steps_scored = mask.bool()
         rollout.batch = RewardBatch(outcome, scored, mask, num_generations, steps, steps_scored, **extras)
         return rollout.batch
 
@@ -207,9 +215,16 @@ class Scoring:
         own = advantages[start : start + rows].to(output["completion_ids"].device, torch.float32)
         return own if own.dim() == 1 else own[:, :width]
 
+    def returns(self, rollout: Rollout) -> torch.Tensor:
+        """Weighted sum of the rewards of each completion, `(N,)` float64, NaN where no function scored it."""
+        if rollout.rewards_per_func is None:
+            raise self._changed("_generate_and_score_completions", "does not call _calculate_rewards")
+        names, clip = self.trainer.reward_func_names, self.options.reward_clip_range
+        return weighted_returns(rollout.rewards_per_func, self.trainer.reward_weights, names, clip)
+
     def _steps(self, rollout: Rollout, local_mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Weighted sum of the step rewards of all process functions, and where there is one; `(N, T)` each."""
-        if not rollout.process and self.row.steps != "needed":
+        if not rollout.process and self._row_of_calls.steps != "needed":
             return None, None
         trainer, calls = self.trainer, rollout.calls
         assert calls is not None

@@ -13,9 +13,11 @@ from ..interruptions import Interruptible, add_callbacks, resumable
 from ..model_card import add_model_tag, model_card_with_options
 from .checks import check_data, kl_choice, makes_own_prompts
 from .config import GRPOConfig as GRPOConfig
+from .implicit_prm import WithImplicitPRM, check_adapter
 from .kl import BetaController, KLPenalty
 from .metrics import kl_metrics, mean_advantages
 from .packed_steps import PackedSteps
+from .reference_steps import RefreshesReference
 from .reward_calls import with_process_reward_model
 from .scoring import Rollout, Scoring
 
@@ -23,7 +25,7 @@ _SCORE, _LOSS = "_generate_and_score_completions", "_compute_loss"
 _WAYS: dict[str, tuple[str, ...]] = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
 
 
-class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
+class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Interruptible, _GRPOTrainer):
     """
     TRL's [`~trl.GRPOTrainer`] with the options of [`GRPOConfig`]. Takes the same arguments.
 
@@ -46,7 +48,6 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
     _scoring: Scoring | None = None  # None: rewards and advantages are TRL's
     _penalty: KLPenalty | None = None  # None: the KL is TRL's
     _controller: BetaController | None = None  # None: `beta` is constant
-    _needed: Needed  # what a subclass must not cut off
 
     def __init__(self, *args, **kwargs):
         given = inspect.signature(_GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
@@ -58,6 +59,7 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
         ours = options.advantage_estimator is not None or kl_choice(options)[0] is not None
         if ours:
             check_data(given, options)
+            check_adapter(given, options)
         super().__init__(*args, **kwargs)
         if ours and not self.use_vllm and not makes_own_prompts(given):
             require_eos(self._tokenizer)
@@ -69,7 +71,8 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
 
     def _take_over(self, options: Options):
         """Makes the objects that do what the options ask for."""
-        self._needed = Needed(GRPOTrainer, _WAYS)
+        super()._take_over(options)
+        self._needed = Needed(GRPOTrainer, _WAYS)  # what a subclass must not cut off
         placement, name = kl_choice(options)
         if placement is not None and name is not None:
             self._penalty = KLPenalty(self, placement, name, GRPOTrainer)
@@ -77,6 +80,8 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
                 self._needed.add(method, f"kl_estimator={name!r} in the {placement}")
         if options.kl_target is not None:
             self._controller = BetaController(options.kl_target, options.kl_horizon, options.kl_target_unit)
+        if self._moving is not None:
+            self._needed.add(_SCORE, "ref_refresh_*")
         if options.advantage_estimator is not None:
             self._scoring = Scoring(self, options, GRPOTrainer)
             self._needed.add(_SCORE, f"advantage_estimator={self._scoring.name!r}")
@@ -90,7 +95,7 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
     @property
     def _is_ours(self) -> bool:  # type: ignore[override]
         """Whether training is not TRL's, bit for bit."""
-        return self._scoring is not None or self._penalty is not None or bool(self._shared)
+        return bool(self._scoring or self._penalty or self._shared or self._moving)
 
     @property
     def _penalty_now(self) -> KLPenalty | None:
@@ -129,7 +134,8 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
             per_token_kl, sums = penalty.of_sampler(output, mask)
             kl_penalty = beta * scoring.gathered(per_token_kl)
             self._observe_kl(sums, end_of_step=True)
-        batch = scoring.batch(rollout, mask, num_generations, kl_penalty=kl_penalty, **self._extras(output))
+        extras = self._extras(rollout, output, mask)
+        batch = scoring.batch(rollout, mask, num_generations, kl_penalty=kl_penalty, **extras)
         advantages = scoring.advantages(batch)
         output["advantages"] = scoring.local(advantages, output)
         if advantages.dim() == 2:
@@ -140,10 +146,6 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
         logged.extend(rows)
         for name, value in scoring.metrics(rollout, batch, advantages, beta).items():
             self._metrics[mode][name].append(value)
-
-    def _extras(self, output: dict) -> dict[str, torch.Tensor]:
-        """What else the estimator's row asks for, of all processes: fields of `RewardBatch`. For subclasses."""
-        return {}
 
     # The loss
 
@@ -172,10 +174,8 @@ class GRPOTrainer(PackedSteps, Interruptible, _GRPOTrainer):
         metrics, beta = self._metrics[self._mode], self.beta
         if self._controller is not None and self.model.training:
             self.beta = self._controller.after(beta, torch.stack([sums[0], *sums[-3:]]), end_of_step)
-        for name, value in kl_metrics(sums).items():
+        for name, value in kl_metrics(sums, None if self._controller is None else beta).items():
             metrics[name].append(value)
-        if self._controller is not None:
-            metrics["kl/beta"].append(beta)
 
     def training_step(self, *args, **kwargs):
         with self._needed.after(self) if self._is_ours else nullcontext():

@@ -125,7 +125,7 @@ class PPOTrainer(GRPOTrainer):
         output["returns"] = scoring.local(scoring.targets(batch), output)
         output["value_mask"] = scoring.local(batch.trainable, output).bool()
 
-    def _extras(self, output):
+    def _extras(self, rollout, output, mask):
         """Values of all processes, in the last column those of cut-off completions; and which these are."""
         gathered, values = self._scoring.gathered, self._old_values(output)  # type: ignore[union-attr]
         length = output["completion_mask"].sum(1, keepdim=True)
