@@ -16,6 +16,8 @@ _PUBLIC = {
     "DPOTrainer": "trl_ext.trainers.dpo",
     "GRPOConfig": "trl_ext.trainers.grpo",
     "GRPOTrainer": "trl_ext.trainers.grpo",
+    "KTOConfig": "trl_ext.trainers.kto",
+    "KTOTrainer": "trl_ext.trainers.kto",
     "PPOConfig": "trl_ext.trainers.ppo",
     "PPOTrainer": "trl_ext.trainers.ppo",
     "ProcessRewardModel": "trl_ext.rewards",
@@ -29,6 +31,8 @@ __all__ = [
     "DPOTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "ProcessRewardModel",
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
     from .trainers.dpo import DPOTrainer as DPOTrainer
     from .trainers.grpo import GRPOConfig as GRPOConfig
     from .trainers.grpo import GRPOTrainer as GRPOTrainer
+    from .trainers.kto import KTOConfig as KTOConfig
+    from .trainers.kto import KTOTrainer as KTOTrainer
     from .trainers.ppo import PPOConfig as PPOConfig
     from .trainers.ppo import PPOTrainer as PPOTrainer
 

@@ -244,6 +244,20 @@ PAPERS: dict[str, Paper] = {
         2024,
         "2405.14734",
     ),
+    "rrhf": Paper(
+        "yuan2023rrhf",
+        "RRHF: Rank Responses to Align Language Models with Human Feedback without tears",
+        "Zheng Yuan and Hongyi Yuan and Chuanqi Tan and Wei Wang and Songfang Huang and Fei Huang",
+        2023,
+        "2304.05302",
+    ),
+    "bco": Paper(
+        "jung2024binary",
+        "Binary Classifier Optimization for Large Language Model Alignment",
+        "Seungjae Jung and Gunsoo Han and Daniel Wontae Nam and Kyoung-Woon On",
+        2024,
+        "2404.04656",
+    ),
     "sppo": Paper(
         "wu2024selfplay",
         "Self-Play Preference Optimization for Language Model Alignment",
@@ -281,6 +295,20 @@ PAPERS: dict[str, Paper] = {
         "John Schulman",
         2020,
         source={"url": "http://joschu.net/blog/kl-approx.html"},
+    ),
+    "better_kl": Paper(
+        "amini2025better",
+        "Better Estimation of the KL Divergence Between Language Models",
+        "Afra Amini and Tim Vieira and Ryan Cotterell",
+        2025,
+        "2504.10637",
+    ),
+    "kl_pitfalls": Paper(
+        "tang2025pitfalls",
+        "On a few pitfalls in KL divergence gradient estimation for RL",
+        "Yunhao Tang and Rémi Munos",
+        2025,
+        "2506.09477",
     ),
     "adaptive_kl": Paper(
         "ziegler2019finetuning",

@@ -41,6 +41,7 @@ def _experimental(method: str, package: str, ours: str) -> dict[str, _Place]:
 _NAMES: dict[str, _Place] = {
     **_core("DPO", "trl_ext.trainers.dpo"),
     **_core("GRPO", "trl_ext.trainers.grpo"),
+    **_core("KTO", "trl_ext.trainers.kto"),
     **_experimental("AsyncGRPO", "async_grpo", "trl_ext.trainers.async_grpo"),
 }
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 _GRPO, _DPO = "trl.trainer.grpo_trainer.GRPOTrainer", "trl.trainer.dpo_trainer.DPOTrainer"
+_KTO = "trl.trainer.kto_trainer.KTOTrainer"
 _ENGINE = "trl.experimental.async_grpo"
 _ASYNC = f"{_ENGINE}.async_grpo_trainer.AsyncGRPOTrainer"
 # Of every trainer that we subclass. Some are of transformers, but TRL may override them in any release.
@@ -28,7 +29,7 @@ _OF_EVERY_TRAINER = {
 }
 # What we override, call or replace, with the names of its first parameters.
 PARAMETERS: dict[str, tuple[str, ...]] = {
-    **{f"{cls}.{method}": names for cls in (_GRPO, _DPO, _ASYNC) for method, names in _OF_EVERY_TRAINER.items()},
+    **{f"{cls}.{name}": names for cls in (_GRPO, _DPO, _KTO, _ASYNC) for name, names in _OF_EVERY_TRAINER.items()},
     f"{_GRPO}._prepare_inputs": ("self", "generation_batch"),
     f"{_GRPO}.training_step": ("self", "model", "inputs", "num_items_in_batch"),
     f"{_GRPO}._get_train_sampler": ("self", "dataset"),
@@ -56,8 +57,13 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_ENGINE}.async_grpo_config.AsyncGRPOConfig.get_process_log_level": ("self",),
     f"{_ENGINE}.async_rollout_worker._AsyncRolloutLoop._score_group": ("self", "group"),
     f"{_ENGINE}.async_rollout_worker._child_main": ("loop_cls", "loop_kwargs"),
+    f"{_KTO}.training_step": ("self", "args", "kwargs"),
+    f"{_KTO}._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
+    f"{_KTO}.compute_ref_log_probs": ("self", "model", "inputs"),
+    f"{_KTO}._compute_loss": ("self", "model", "inputs", "return_outputs"),
     "trl.trainer.grpo_config.GRPOConfig.get_process_log_level": ("self",),
     "trl.trainer.dpo_config.DPOConfig.get_process_log_level": ("self",),
+    "trl.trainer.kto_config.KTOConfig.get_process_log_level": ("self",),
     "trl.trainer.callbacks.SyncRefModelCallback.sync_target_model": ("model", "target_model", "alpha"),
     "trl.trainer.utils.is_async_callable": ("func",),
     "trl.trainer.utils.selective_log_softmax": ("logits", "index"),

@@ -1,14 +1,15 @@
 """
 Expected gradients of every KL term, summed over all tokens of a small distribution; nothing is sampled.
 
-    python tests/functional/kl_enumeration.py    prints the table of docs/methods/kl.md and draws docs/methods/kl.png
+    python tests/functional/kl_enumeration.py    prints the tables of docs/methods/kl.md and draws docs/methods/kl.png
 """
 
+import itertools
 from pathlib import Path
 
 import torch
 
-from trl_ext.functional.kl import k1, k2, k3, kl_in_loss
+from trl_ext.functional.kl import k1, k2, k3, kl_in_loss, kl_of_completions
 
 POLICY, REFERENCE, SAMPLER = (0.5, 0.3, 0.2), (0.2, 0.5, 0.3), (0.4, 0.4, 0.2)
 
@@ -118,6 +119,103 @@ def table():
     return "\n".join(rows)
 
 
+# Whole completions: TOKENS tokens of a vocabulary of VOCABULARY, a table of logits for every state
+
+TOKENS, VOCABULARY = 3, 3
+COMPLETIONS = list(itertools.product(range(VOCABULARY), repeat=TOKENS))
+
+
+def states(completion):
+    """The number of the state before each token, in which it is chosen."""
+    return [
+        sum(VOCABULARY**u for u in range(t)) + sum(VOCABULARY**u * v for u, v in enumerate(completion[:t]))
+        for t in range(TOKENS)
+    ]
+
+
+class Chain:
+    """Random policy and reference over all completions; `scale` is that of the logits."""
+
+    def __init__(self, scale, seed=0):
+        generator, count = torch.Generator().manual_seed(seed), sum(VOCABULARY**t for t in range(TOKENS))
+        draw = lambda: scale * torch.randn(count, VOCABULARY, dtype=torch.float64, generator=generator)  # noqa: E731
+        self.logits, self.reference = draw().requires_grad_(), draw().log_softmax(1)
+
+    def rows(self, completions):
+        """Of sampled tokens: log-probs, the reference's, and the exact KL of the states, `(B, T)` each."""
+        at = torch.tensor([states(completion) for completion in completions])
+        tokens = torch.tensor(completions)[..., None]
+        policy, reference = self.logits[at].log_softmax(2), self.reference[at]
+        kl = (policy.exp() * (policy - reference)).sum(2)
+        return policy.gather(2, tokens)[..., 0], reference.gather(2, tokens)[..., 0], kl
+
+    def probabilities(self):
+        """Of every completion."""
+        return self.rows(COMPLETIONS)[0].sum(1).exp()
+
+    def kl(self):
+        """KL(policy‖reference) of whole completions."""
+        logps, ref, _ = self.rows(COMPLETIONS)
+        return (logps.sum(1).exp() * (logps - ref).sum(1)).sum()
+
+    def kl_from(self, logits):
+        """KL of these completions from those of a policy with other logits."""
+        logps, logits = self.rows(COMPLETIONS)[0], logits.log_softmax(1)
+        other = torch.stack([logits[states(y), list(y)].sum() for y in COMPLETIONS])
+        return (logps.sum(1).exp() * (logps.sum(1) - other)).sum()
+
+    def gradient(self, value):
+        return torch.autograd.grad(value, self.logits)[0].flatten()
+
+    def gradients(self, form, rows=1):
+        """Gradient of the mean over `rows` completions for every combination of them, and its probability."""
+        p = self.probabilities().detach()
+        batches = list(itertools.product(range(len(COMPLETIONS)), repeat=rows))
+        found = [self.gradient(form(*self.rows([COMPLETIONS[i] for i in batch])).sum() / rows) for batch in batches]
+        return torch.stack(found), torch.stack([p[list(batch)].prod() for batch in batches])
+
+
+def everywhere(x):
+    return torch.ones_like(x)
+
+
+def to_go(x):
+    return x.flip(1).cumsum(1).flip(1)
+
+
+FORMS = {
+    "exact in the loss": lambda logps, ref, kl: kl,
+    "ratio · k3 in the loss": lambda logps, ref, kl: kl_in_loss(k3, logps, ref, logps.detach(), everywhere(ref)),
+    "k1 in the reward, to go": lambda logps, ref, kl: logps * to_go(k1(logps, ref).detach()),
+    "k1 in the reward, sum of the completion": lambda logps, ref, kl: (
+        logps * k1(logps, ref).detach().sum(1, keepdim=True)
+    ),
+    "sequence, one completion (no baseline)": lambda logps, ref, kl: kl_of_completions(
+        kl, logps, logps.detach(), everywhere(ref)
+    ),
+}
+
+
+def bias_and_variance(chain, form, rows=1):
+    """Relative to the gradient of the KL of completions: distance of the mean, and variance per completion."""
+    exact, (found, p) = chain.gradient(chain.kl()), chain.gradients(form, rows)
+    mean = p @ found
+    variance = rows * (p @ (found - mean).square().sum(1))
+    return ((mean - exact).norm() / exact.norm()).item(), (variance / exact.square().sum()).item()
+
+
+def table_of_completions():
+    """The table of whole completions in the documentation, in Markdown."""
+    chains = {scale: Chain(scale) for scale in (1.0, 0.3)}
+    rows = ["| form | bias, logits of scale 1 | variance | bias, scale 0.3 | variance |", "|---|---|---|---|---|"]
+    sequence = FORMS["sequence, one completion (no baseline)"]
+    forms = {**{label: (form, 1) for label, form in FORMS.items()}, "sequence, two completions": (sequence, 2)}
+    for label, (form, count) in forms.items():
+        cells = [number for chain in chains.values() for number in bias_and_variance(chain, form, count)]
+        rows.append(f"| {label} | " + " | ".join("0" if x < 1e-12 else f"{x:.3f}" for x in cells) + " |")
+    return "\n".join(rows)
+
+
 def draw(path):
     """Bias of value and gradient against the distance of the policy from the reference."""
     from matplotlib.figure import Figure
@@ -162,5 +260,5 @@ def draw(path):
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), table_of_completions(), sep="\n\n")
     draw(Path(__file__).parents[2] / "docs/methods/kl.png")

@@ -1,6 +1,7 @@
 """KL estimators: worked numbers, every cell of the gradient table by enumeration, extremes, and the controller."""
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -8,21 +9,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kl_enumeration import (
+    COMPLETIONS,
+    FORMS,
     POLICY,
     REFERENCE,
     SAMPLER,
     TERMS,
+    Chain,
+    bias_and_variance,
     expected_gradient,
     gradient_variance,
     kl,
     kl_gradient,
     plain_k2,
     table,
+    table_of_completions,
     tensor,
 )
 from theorems import proves
 
-from trl_ext.functional.kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
+from trl_ext.functional.kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 
 F64 = torch.float64
 LOGPS = torch.tensor([-1.2, -2.5, -0.8, -0.3], dtype=F64)
@@ -221,6 +227,142 @@ def test_only_k1_in_the_reward_sees_that_early_tokens_decide_about_later_ones():
     proves(to_go, exact)
     assert (in_loss - exact).norm() > 0.05 * exact.norm()
     close(in_loss[2:], exact[2:], atol=1e-12)  # for the last token the two agree
+
+
+# The KL of whole completions: every completion of three tokens, or every pair of them, in float64
+
+SEQUENCE = FORMS["sequence, one completion (no baseline)"]
+
+
+@pytest.mark.theorem(
+    "KL",
+    "`kl_placement: sequence` has the gradient of the KL of whole completions, of single ones and with a baseline "
+    "from another one (enumeration of three tokens)",
+    paper="better_kl",
+    at_most=1e-12,
+)
+@pytest.mark.parametrize("rows", [1, 2], ids=["one completion", "pairs, with a baseline"])
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_the_sequence_form_has_the_gradient_of_the_kl_of_completions(scale, rows):
+    chain = Chain(scale, seed=1)
+    found, probabilities = chain.gradients(SEQUENCE, rows)
+    expected = chain.gradient(chain.kl())
+    assert probabilities.sum().item() == pytest.approx(1.0, abs=1e-12)
+    proves(probabilities @ found, expected)
+    in_the_loss, probabilities = chain.gradients(FORMS["exact in the loss"])
+    assert (probabilities @ in_the_loss - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("step", "nats", "of_sequence", "of_reward"), [(0.1, 0.0017, 0.023, 0.088), (0.3, 0.0139, 0.070, 0.252)]
+)
+def test_on_a_second_pass_it_is_nearer_to_the_kl_than_k1_in_the_reward(step, nats, of_sequence, of_reward):
+    """The ratio corrects the choice of a token, not the distribution of states; a reward knows the sampler only."""
+    chain = Chain(1.0, seed=1)
+    policy, generator = chain.logits.detach().clone(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        chain.logits += step * torch.randn(policy.shape, dtype=F64, generator=generator)
+        moved, p = chain.kl_from(policy).item(), chain.probabilities()
+        old, ref, _ = chain.rows(COMPLETIONS)
+        cost = k1(old, ref).flip(1).cumsum(1).flip(1)
+        chain.logits.copy_(policy)
+    exact = chain.gradient(chain.kl())
+
+    def error(form):
+        terms = torch.cat([form(i, *(x[i : i + 1] for x in chain.rows(COMPLETIONS))) for i in range(len(COMPLETIONS))])
+        return ((chain.gradient((p[:, None] * terms).sum()) - exact).norm() / exact.norm()).item()
+
+    ones = torch.ones(1, 3)
+    sequence = error(lambda i, logps, ref, kl: kl_of_completions(kl, logps, old[i : i + 1], ones))
+    reward = error(lambda i, logps, ref, kl: (logps - old[i : i + 1]).exp() * cost[i : i + 1])
+    assert (moved, sequence, reward) == pytest.approx((nats, of_sequence, of_reward), rel=0.03)
+
+
+def test_its_gradient_is_the_formula_written_as_a_loop():
+    chain = Chain(0.7, seed=2)
+    completions = [COMPLETIONS[i] for i in (3, 8, 20, 20)]
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 0]])
+    logps, _, kl = chain.rows(completions)
+    old = logps.detach() + torch.linspace(-1, 1, 12, dtype=F64).reshape(4, 3)
+    value = kl_of_completions(torch.where(mask.bool(), kl, 0.0), logps, old, mask)
+    assert torch.equal(value, kl * mask)
+    later = [[sum((kl * mask)[i, t + 1 :].tolist()) for t in range(3)] for i in range(4)]
+    loss = torch.zeros((), dtype=F64)
+    for i in range(3):  # the last row has no trainable token: it learns nothing, and is part of no baseline
+        for t in mask[i].nonzero().flatten().tolist():
+            others = [later[j][t] for j in range(3) if j != i]
+            ratio = math.exp(logps[i, t].item() - old[i, t].item())
+            loss = loss + kl[i, t] + ratio * (later[i][t] - sum(others) / 2) * logps[i, t]
+    (expected,) = torch.autograd.grad(loss, chain.logits, retain_graph=True)
+    close(torch.autograd.grad(value.sum(), chain.logits)[0], expected, atol=1e-12)
+
+
+def test_rows_of_other_processes_are_a_baseline_as_ones_own():
+    chain = Chain(1.0)
+    completions, mask = COMPLETIONS[:4], torch.ones(4, 3)
+    whole = chain.gradient(SEQUENCE(*chain.rows(completions)).sum())
+    parts = torch.zeros_like(whole)
+    later = later_kl(chain.rows(completions)[2], mask)
+    for own in (slice(0, 1), slice(1, 4)):
+        logps, _, kl = chain.rows(completions[own])
+        parts += chain.gradient(kl_of_completions(kl, logps, logps.detach(), mask[own], later_of_all=later).sum())
+    close(parts, whole, atol=1e-12)
+
+
+def test_where_every_state_has_one_kl_the_baseline_leaves_no_noise_of_later_tokens():
+    chain = Chain(1.0)
+    with torch.no_grad():
+        chain.logits.copy_(chain.logits[:1].expand_as(chain.logits))
+    chain.reference = chain.reference[:1].expand_as(chain.reference)
+    for rows, form in ((1, SEQUENCE), (2, SEQUENCE), (1, FORMS["exact in the loss"])):
+        found, _ = chain.gradients(form, rows)
+        rest = chain.gradients(FORMS["exact in the loss"], rows)[0] - found
+        assert (rest.norm() < 1e-11) == (rows == 2 or form is not SEQUENCE)
+
+
+def test_the_table_of_completions_in_the_documentation():
+    page = Path(__file__).parents[2] / "docs/methods/kl.md"
+    assert table_of_completions() in page.read_text()
+
+
+def test_the_sequence_form_has_a_fraction_of_the_noise_of_k1_in_the_reward():
+    for scale in (0.3, 1.0):
+        chain = Chain(scale)
+        noise = {label: bias_and_variance(chain, form)[1] for label, form in FORMS.items()}
+        reward = noise["k1 in the reward, to go"]
+        assert noise["sequence, one completion (no baseline)"] < 0.5 * reward
+        assert reward < noise["k1 in the reward, sum of the completion"]
+
+
+@pytest.mark.parametrize("garbage", [-torch.inf, torch.inf, torch.nan])
+def test_garbage_at_masked_tokens_changes_no_gradient_of_completions(garbage):
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0]])
+    kl = torch.where(mask.bool(), torch.rand(2, 4, dtype=F64), 0.0)
+
+    def run(logps, old):
+        logps = logps.clone().requires_grad_()
+        value = kl_of_completions(kl, logps, old, mask)
+        return value.detach(), torch.autograd.grad(value.sum(), logps)[0]
+
+    clean = run(LOGPS.expand(2, 4), OLD.expand(2, 4))
+    dirty = run(*(torch.where(mask.bool(), x.expand(2, 4), garbage) for x in (LOGPS, OLD)))
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+    assert not clean[1][~mask.bool()].any() and clean[1][mask.bool()].any()
+
+
+def test_no_ratio_of_the_sequence_form_overflows():
+    logps, old = torch.tensor([[0.0, -1.0, -1.0]], requires_grad=True), torch.tensor([[-200.0, 0.0, 0.0]])
+    value = kl_of_completions(torch.tensor([[1.0, 1e4, 1e4]]), logps, old, torch.ones(1, 3))
+    (slope,) = torch.autograd.grad(value.sum(), logps)
+    assert value.tolist() == [[1.0, 1e4, 1e4]] and slope.isfinite().all() and slope[0, 2] == 0
+
+
+def test_a_batch_without_trainable_tokens_has_no_gradient_of_completions():
+    logps = torch.zeros(2, 3, requires_grad=True)
+    value = kl_of_completions(torch.zeros(2, 3), logps, torch.zeros(2, 3), torch.zeros(2, 3))
+    (slope,) = torch.autograd.grad(value.sum(), logps)
+    assert not value.any() and not slope.any()
 
 
 # Numerics

@@ -79,6 +79,8 @@ NUMBERS = [
     ("dpop", {"lam": 50.0}, False, 0.7, 0.437488, -0.177172, 0.177172),
     ("length_dpo", {"alpha": 0.01}, False, 0.7, 0.451845, -0.181774, 0.181774),
     ("simpo", {"gamma": 1.0}, True, 0.7, 1.313262, -0.091382, 0.045691),
+    ("rrhf", {}, True, 0.7, 1.5, -0.25, 0.0),  # means of -1.5 both: the order is not wrong
+    ("rrhf", {"sft_weight": 0.5}, False, 0.7, 3.0, -0.5, 0.0),
     ("sppo", {}, False, 0.7, 0.160000, 0.800000, 0.0),
     ("cal_dpo", {"coefficient": 0.5}, False, 0.7, 0.463282, -0.431475, 0.831475),
     ("cal_dpo", {"coefficient": 1.0}, False, 0.7, 0.663282, -0.631475, 1.431475),
@@ -117,6 +119,21 @@ def test_dpop_penalises_a_chosen_completion_that_falls(lam, value):
     assert PREFERENCE_LOSSES["dpop"].function(batch, lam=lam).item() == pytest.approx(value, abs=6e-7)
 
 
+def test_rrhf_is_the_papers_ranking_and_likelihood_of_two_completions():
+    """The sums over the completions with a lower and a higher reward, and the likelihood of the best one."""
+    tokens = {1.0: [-0.5, -1.5, -4.0], 0.0: [-1.0, -0.25]}  # by reward: the better one is the less likely one
+    mean = {reward: sum(logps) / len(logps) for reward, logps in tokens.items()}
+    ranking = sum(max(0.0, mean[i] - mean[j]) for i in tokens for j in tokens if i < j)
+    likelihood = -sum(tokens[max(tokens)])  # a sum in the paper: the mean times the length
+    sums = [torch.tensor([sum(tokens[reward])], dtype=F64, requires_grad=True) for reward in (1.0, 0.0)]
+    lengths = [torch.tensor([float(len(tokens[reward]))]) for reward in (1.0, 0.0)]
+    batch = PairBatch(*sums, *sums, *lengths, torch.ones(1), beta=0.1).per_token()
+    loss = PREFERENCE_LOSSES["rrhf"].function(batch, sft_weight=3.0)
+    assert loss.item() == pytest.approx(ranking + likelihood) and ranking == pytest.approx(2.0 - 0.625)
+    slopes = torch.autograd.grad(loss.sum(), sums)
+    assert [slope.item() for slope in slopes] == pytest.approx([-1 / 3 - 1, 1 / 2])
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected"), [(25.0, 24.0), (24.5, 26.0), (30.0, 21.0), (500.0, 499.0), (21.0, -3.0)]
 )
@@ -140,6 +157,7 @@ def test_chipo_keeps_the_margin_in_float32_beyond_a_log_ratio_of_20(chosen, reje
         ("chipo", {"bound": math.nan}, "bound must be positive, got nan."),
         ("dpop", {"lam": -5.0}, "lam must be at least 0, got -5.0."),
         ("cal_dpo", {"coefficient": -0.5}, "coefficient must be at least 0, got -0.5."),
+        ("rrhf", {"sft_weight": math.nan}, "sft_weight must be at least 0, got nan."),
     ],
 )
 def test_an_option_that_turns_a_loss_around_is_refused(name, options, message):
@@ -188,6 +206,7 @@ LOOPS = {
     "dpop": lambda w, r, p, b, **_: minus_log_sigmoid(b * (w - r - 50 * max(0.0, -w))),
     "length_dpo": lambda w, r, p, b, n_w, n_r, **_: minus_log_sigmoid(b * (w - r) + 0.01 * (n_w - n_r)),
     "simpo": lambda w, r, p, b, logp_w, logp_r, **_: minus_log_sigmoid(b * (logp_w - logp_r) - 0.5),
+    "rrhf": lambda w, r, p, b, logp_w, logp_r, **_: max(0.0, logp_r - logp_w) - logp_w,
     "sppo": lambda w, r, p, b, **_: (w - (p - 0.5) / b) ** 2 + (r + (p - 0.5) / b) ** 2,
     "chipo": lambda w, r, p, b, **_: minus_log_sigmoid(min(2.0, max(-2.0, b * (math.exp(w) + w - math.exp(r) - r)))),
     "cal_dpo": lambda w, r, p, b, **_: (
@@ -249,6 +268,7 @@ SLOPES = {
     "dpop": lambda p, b, **_: -b / 2,  # at r_w = 0; torch's relu has slope 0 there
     "length_dpo": lambda p, b, n_w, n_r, **_: -b * sigmoid(-0.01 * (n_w - n_r)),
     "simpo": lambda p, b, **_: -b * sigmoid(0.5 - b * (11.5 - 6.75)),  # the reference's log-probs are not equal
+    "rrhf": lambda p, b, **_: -1.0,  # the reference's log-probs are in the right order
     "sppo": lambda p, b, **_: -2 * (p - 0.5) / b,
     "chipo": lambda p, b, **_: -b,
     "cal_dpo": lambda p, b, **_: -0.5 - 0.5 / b,

@@ -15,7 +15,15 @@ def one_and_two(tiny_model, tmp_path_factory):
     return launch.one_and_two(two_processes_dpo, tiny_model, folder)
 
 
-OF_PAIRS = ("loss/", "logratios/", "margins/", "rewards/", "logps/", "beta_dpo/")  # means over pairs, not over tokens
+OF_PAIRS = (
+    "loss/",
+    "logratios/",
+    "margins/",
+    "rewards/",
+    "logps/",
+    "beta_dpo/",
+    "bco/",
+)  # means over pairs, not over tokens
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -31,7 +39,9 @@ def test_two_processes_equal_one(one_and_two, case):
             if name.removeprefix("eval_").startswith(OF_PAIRS) or name in ("loss", "eval_loss"):
                 compared.add(name)
                 assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=2e-5), name
-    if "TRL" not in case:
+    if case == "BCO":
+        assert {"bco/shift", "bco/mean_chosen", "eval_bco/shift", "rewards/accuracies"} <= compared
+    elif "TRL" not in case:
         assert f"loss/{CASES[case]['loss_type'][0]}" in compared
 
 

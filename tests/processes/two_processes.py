@@ -98,6 +98,7 @@ CASES |= {
     f"{name} in the loss": {"kl_estimator": name, "beta": 0.1, "num_iterations": 2}
     for name in ("k1", "k2", "k3", "exact")
 }
+CASES |= {"the KL of completions": {"kl_placement": "sequence", "beta": 0.1, "num_iterations": 2}}
 CASES |= {
     "adaptive beta": {"kl_estimator": "k2", "beta": 0.1, "kl_target": 0.01, "kl_horizon": 100.0},
     "a group across processes": {"advantage_estimator": "leave_one_out", "num_generations": 8},

@@ -14,6 +14,7 @@ from tiny import weights
 from tiny.dpo import build, pairs
 
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
+from trl_ext.trainers.kto import KTOConfig, KTOTrainer
 
 BATCH = 4
 COLUMNS = {
@@ -48,6 +49,7 @@ CASES |= {
     "LoRA": {"loss_type": ["dpop"], "kind": "lora", "loss_kwargs": {"dpop": {"lam": 2.0}}},
     "no reference": {"loss_type": ["simpo"]},
     "a beta of the batch": {"loss_type": ["beta_dpo"]},
+    "BCO": {"kto": True, "loss_type": "bco", "train_sampling_strategy": "random", "undesirable_weight": 0.5},
     "a filter": {"loss_type": ["beta_dpo"], "loss_kwargs": {"beta_dpo": {"alpha": 0.1, "keep": 0.5}}},
 }
 
@@ -67,6 +69,7 @@ def run(model: str, folder: Path, world_size: int) -> dict:
     for name, options in CASES.items():
         options = {"kind": "full" if name == "no reference" else "reference", **options}
         classes = (trl.DPOTrainer, trl.DPOConfig) if options.pop("trl", False) else (DPOTrainer, DPOConfig)
+        classes = (KTOTrainer, KTOConfig) if options.pop("kto", False) else classes
         trainer = build(
             *classes,
             model,

@@ -9,11 +9,13 @@ from trl_ext.lookup import import_path
 from trl_ext.trainers.async_grpo import AsyncGRPOConfig
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
+from trl_ext.trainers.kto import KTOConfig
 from trl_ext.trainers.ppo import PPOConfig
 
 KINDS = {
     "grpo": (GRPOScriptArguments, GRPOConfig),
     "dpo": (ScriptArguments, DPOConfig),
+    "kto": (ScriptArguments, KTOConfig),
     "ppo": (GRPOScriptArguments, PPOConfig),
     "async": (RunArguments, AsyncGRPOConfig),
 }

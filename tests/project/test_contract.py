@@ -28,6 +28,7 @@ from trl_ext.trainers.dpo.losses import TRL_LOSSES
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.grpo import GRPOTrainer as OurGRPOTrainer
 from trl_ext.trainers.grpo.exact_kl import lm_head
+from trl_ext.trainers.kto import KTOConfig, KTOTrainer
 from trl_ext.trainers.ppo import PPOConfig, PPOTrainer
 from trl_ext.trainers.shared_options import SharedOptions
 from trl_ext.upstream import CHECKS, PARAMETERS, UpstreamChanged
@@ -80,10 +81,11 @@ def path_of(thing):
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-OURS = [OurGRPOTrainer, DPOTrainer, PPOTrainer, AsyncGRPOTrainer, GRPOConfig, DPOConfig, PPOConfig, AsyncGRPOConfig]
+TRAINERS = [OurGRPOTrainer, DPOTrainer, KTOTrainer, AsyncGRPOTrainer]
+CONFIGS = [GRPOConfig, DPOConfig, KTOConfig, AsyncGRPOConfig]
 
 
-@pytest.mark.parametrize("ours", [*OURS, parser_class()])
+@pytest.mark.parametrize("ours", [*TRAINERS, PPOTrainer, *CONFIGS, PPOConfig, parser_class()])
 def test_every_overridden_method_is_listed(ours):
     parent = upstream.trl_class(ours)
     for name in overridden(ours):
@@ -102,9 +104,7 @@ def test_the_losses_of_grpo_are_those_that_trl_compares_with():
     assert compared == {*GRPO_LOSSES}
 
 
-@pytest.mark.parametrize(
-    "ours", [OurGRPOTrainer, DPOTrainer, AsyncGRPOTrainer, GRPOConfig, DPOConfig, AsyncGRPOConfig]
-)
+@pytest.mark.parametrize("ours", [*TRAINERS, *CONFIGS])
 def test_the_design_page_is_right_about_every_override(ours):
     page = (PACKAGE.parent / "docs/design.md").read_text()
     table = page[page.index("| part of TRL |") :]
@@ -132,7 +132,7 @@ def test_an_overridden_method_that_is_not_listed_is_found():
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_function_of_trl_that_is_called_is_listed(path):
     """Functions imported from the inside of TRL, and private methods of its trainers."""
-    parents = [upstream.trl_class(trainer) for trainer in (OurGRPOTrainer, DPOTrainer, AsyncGRPOTrainer)]
+    parents = [upstream.trl_class(trainer) for trainer in TRAINERS]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl."):
             module = importlib.import_module(node.module)
@@ -150,7 +150,7 @@ def test_env_check_has_a_line_for_each():
         assert f"parameters of {path.removeprefix('trl.')}" in CHECKS
 
 
-@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer])
+@pytest.mark.parametrize("ours", [OurGRPOTrainer, DPOTrainer, KTOTrainer])
 def test_a_trainer_is_checked_when_it_is_made(monkeypatch, ours):
     class Theirs(ours):
         pass

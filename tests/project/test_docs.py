@@ -12,7 +12,7 @@ from strict_options import read_options
 
 from recipes.gsm8k import exact_number, to_prompt
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
-from trl_ext.functional.preference import PREFERENCE_LOSSES
+from trl_ext.functional.preference import PREFERENCE_LOSSES, UNPAIRED_LOSSES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")])
@@ -118,6 +118,9 @@ def test_the_row_of_a_recipe_is_true(path):
     if command_of(path) == "dpo":
         names, also = options["loss_type"], {"trl-ext dpo"}
         title = PREFERENCE_LOSSES[names[0]].method
+    elif command_of(path) == "kto":
+        names, also = [options["loss_type"]], {"trl-ext kto"}
+        title = UNPAIRED_LOSSES[names[0]].method
     elif command_of(path) == "label-steps":
         names, also, title = [options.get("search", "all")], {"trl-ext label-steps"}, "Labels of steps"
     elif command_of(path) == "ppo":

@@ -10,6 +10,7 @@ import pytest
 from trl_ext.trainers.async_grpo import AsyncGRPOConfig
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
+from trl_ext.trainers.kto import KTOConfig
 from trl_ext.trainers.ppo import PPOConfig
 from trl_ext.trainers.shared_options import SharedOptions
 from trl_ext.upstream import trl_class
@@ -59,7 +60,7 @@ def test_a_function_body_has_at_most_45_lines(path):
             assert node.end_lineno - body[0].lineno < 45, node.name
 
 
-@pytest.mark.parametrize("config", [GRPOConfig, DPOConfig, PPOConfig, AsyncGRPOConfig])
+@pytest.mark.parametrize("config", [GRPOConfig, DPOConfig, KTOConfig, PPOConfig, AsyncGRPOConfig])
 def test_every_option_is_in_the_docstring_and_has_help(config):
     theirs = trl_class(config).__dataclass_fields__.keys()
     shared = SharedOptions.__annotations__ if SharedOptions in config.__bases__ else {}

@@ -12,14 +12,14 @@ import trl.rewards
 from accelerate.commands.launch import launch_command_parser
 from trl.scripts.utils import TrlParser
 
-from ..functional.preference import PREFERENCE_LOSSES
+from ..functional.preference import PREFERENCE_LOSSES, UNPAIRED_LOSSES
 from ..lookup import did_you_mean, import_path
 from ..trainers.dpo.losses import TRL_LOSSES
 from .launch import refuse_stray_words
 
 GRPO_LOSSES = ["bnpo", "cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo"]
 _REWARDS = sorted(name for name in trl.rewards.__all__ if name.endswith(("_reward", "_punishment")))
-_WITH_OUR_OPTIONS = ("grpo", "dpo")
+_WITH_OUR_OPTIONS = ("grpo", "dpo", "kto")
 
 
 def parser_class(seen: dict[str, Any] | None = None) -> type:
@@ -129,6 +129,7 @@ def _check_values(prog: str, part: Any) -> None:
 
 def _refuse_loss(name: Any) -> None:
     names = name if isinstance(name, list) else [name]
-    of_dpo = {*TRL_LOSSES, *PREFERENCE_LOSSES}.intersection(map(str, names))
-    hint = "; that is a loss of `trl-ext dpo`." if of_dpo else did_you_mean(name, GRPO_LOSSES)
+    others = {"dpo": {*TRL_LOSSES, *PREFERENCE_LOSSES}, "kto": {*UNPAIRED_LOSSES}}
+    command = next((command for command, losses in others.items() if losses & {*map(str, names)}), None)
+    hint = f"; that is a loss of `trl-ext {command}`." if command else did_you_mean(name, GRPO_LOSSES)
     raise ValueError(f"loss_type must be one of {GRPO_LOSSES}, got {name!r}{hint}")

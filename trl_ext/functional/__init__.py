@@ -15,7 +15,7 @@ from .advantages import (
     length_weighted,
     process_group_relative,
 )
-from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, next_beta
+from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
 from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
@@ -53,8 +53,10 @@ __all__ = [
     "k2",
     "k3",
     "kl_in_loss",
+    "kl_of_completions",
     "lambda_advantages",
     "lambda_returns",
+    "later_kl",
     "leave_one_out",
     "length_weighted",
     "next_beta",

@@ -165,6 +165,77 @@ def kl_in_loss(
     return torch.where(mask, penalty, 0.0)
 
 
+def later_kl(per_token_kl: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    r"""
+    The KL of the later tokens of each row, a constant.
+
+    $$ L_t = \sum_{u>t} m_u K_u $$
+
+    Args:
+        per_token_kl (`torch.Tensor` of shape `(B, T)`):
+            KL of the next-token distributions, in nats. Anything, NaN included, where `mask` is 0.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            Nonzero for trainable tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: Nats, without graph.
+
+    Example:
+
+    >>> later_kl(torch.tensor([[0.25, 0.5, 1.0]]), torch.ones(1, 3))
+    tensor([[1.5000, 1.0000, 0.0000]])
+    """
+    kl = torch.where(mask.bool(), per_token_kl.detach(), 0.0)
+    return torch.nn.functional.pad(kl[:, 1:].flip(1).cumsum(1).flip(1), (0, 1))
+
+
+def kl_of_completions(
+    per_token_kl: torch.Tensor,
+    per_token_logps: torch.Tensor,
+    old_per_token_logps: torch.Tensor,
+    mask: torch.Tensor,
+    later_of_all: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""
+    The KL of each token as a term of the loss, with the gradient of the KL of whole completions.
+
+    $$ \nabla K_t + w_t\,\nabla\ell_t\,(L_t - b_t),\qquad L_t = \sum_{u>t} m_u K_u $$
+
+    The second part is what a KL per token leaves out: a token decides which states come next. Amini et al., 2025
+    (https://huggingface.co/papers/2504.10637), a Rao-Blackwellised estimator. \\(L_t\\) is a constant; the token's own
+    \\(K_t\\) does not depend on its choice and would only add variance. The baseline \\(b_t\\) is ours: the mean of
+    \\(L_t\\) over the other rows at the same place, which depends on no choice of this row and changes no expectation.
+
+    Expectation of the gradient: over completions sampled from the policy, the sum over the tokens is
+    \\(\nabla\mathrm{KL}\\) of the completions. Off-policy the ratio corrects the choice of the token, not the
+    distribution of states.
+
+    Args:
+        per_token_kl (`torch.Tensor` of shape `(B, T)`):
+            KL(policy‖reference) of the next-token distributions over the whole vocabulary (with graph), in nats, 0
+            where `mask` is 0.
+        per_token_logps, old_per_token_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities of the sampled tokens under the policy (with graph) and the sampler, in nats. Anything,
+            NaN included, where `mask` is 0.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            Nonzero for trainable tokens.
+        later_of_all (`torch.Tensor` of shape `(N, T)`, *optional*):
+            [`later_kl`] of all rows that have a trainable token, these among them, in nats. `None`: these are all.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: The values of `per_token_kl`. The log of the ratio is clamped to ±20; a
+        single row has no baseline.
+    """
+    mask = mask.bool()
+    logps, old = (torch.where(mask, _widened(x), 0.0) for x in (per_token_logps, old_per_token_logps))
+    later = later_kl(per_token_kl, mask)
+    rows = later[mask.any(1)] if later_of_all is None else later_of_all
+    baseline = (rows.sum(0) - later) / max(len(rows) - 1, 1)
+    weight = (logps - old).detach().clamp(-SATURATION, SATURATION).exp()
+    slope = torch.where(mask, weight * (later - baseline), 0.0)
+    return per_token_kl + _finite(slope) * (logps - logps.detach())
+
+
 def next_beta(beta: float, kl: float, target: float, num_completions: int, horizon: float = 10_000.0) -> float:
     r"""
     Coefficient of the KL after some completions, moved towards the one at which the KL is `target`:

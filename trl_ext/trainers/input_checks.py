@@ -15,6 +15,8 @@ from ..lookup import did_you_mean
 # What data sets call the columns that TRL reads.
 _ALSO_CALLED = {
     "prompt": ("question", "problem", "instruction", "query", "input", "messages"),
+    "completion": ("response", "answer", "output", "text"),
+    "label": ("labels", "desirable", "score", "rating", "feedback"),
     "chosen": ("preferred", "accepted", "winner", "better", "positive"),
     "rejected": ("dispreferred", "loser", "worse", "negative"),
 }

@@ -41,7 +41,10 @@ class SharedOptions:
     )
     kl_placement: str | None = field(
         default=None,
-        metadata={"help": "Where the KL penalty acts: 'loss' or 'reward'. Default: TRL's own, in the loss."},
+        metadata={
+            "help": "Where the KL penalty acts: 'loss', 'reward', or 'sequence' (the KL of whole completions, in the "
+            "loss). Default: TRL's own, in the loss."
+        },
     )
     kl_target: float | None = field(
         default=None,

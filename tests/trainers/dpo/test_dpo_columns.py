@@ -1,5 +1,7 @@
 """Columns of ours on their way from the dataset to the loss, cached references, and metrics."""
 
+import math
+
 import datasets
 import pytest
 import torch
@@ -388,11 +390,19 @@ def test_a_part_of_trl_that_moved_is_noticed(tiny_model, tmp_path, monkeypatch):
 # Without a reference
 
 
+WITHOUT_REFERENCE = {  # options, and the loss of two mean log-probs
+    "simpo": ({"gamma": 0.3}, lambda w, r: math.log1p(math.exp(0.3 - 2.0 * (w - r)))),
+    "rrhf": ({"sft_weight": 0.5}, lambda w, r: max(0.0, r - w) - 0.5 * w),
+}
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_simpo_loads_no_reference_and_makes_one_forward_pass(tiny_model, tmp_path, kind):
+@pytest.mark.parametrize("name", WITHOUT_REFERENCE)
+def test_without_a_reference_none_is_loaded_and_there_is_one_forward_pass(tiny_model, tmp_path, name, kind):
+    options, by_hand = WITHOUT_REFERENCE[name]
     trainer = build(
-        DPOTrainer, DPOConfig, tiny_model, tmp_path, kind=kind, loss_type=["simpo", "sft"], beta=2.0, max_steps=2,
-        loss_kwargs={"simpo": {"gamma": 0.3}}, eval_dataset=pairs(4), eval_strategy="epoch",
+        DPOTrainer, DPOConfig, tiny_model, tmp_path, kind=kind, loss_type=[name, "sft"], beta=2.0, max_steps=2,
+        loss_kwargs={name: options}, eval_dataset=pairs(4), eval_strategy="epoch",
     )  # fmt: skip
     assert trainer.ref_model is None
     calls = []
@@ -400,9 +410,9 @@ def test_simpo_loads_no_reference_and_makes_one_forward_pass(tiny_model, tmp_pat
     trainer.train()
     assert len(calls) == 3  # two steps, and one batch of evaluation
     assert not any(name.startswith("logratios/") for entry in logged(trainer) for name in entry)
-    assert not trainer.args.precompute_ref_log_probs and trainer.args.loss_type == ["simpo", "sft"]
+    assert not trainer.args.precompute_ref_log_probs and trainer.args.loss_type == [name, "sft"]
     metrics = trainer.evaluate(pairs(6))
-    assert metrics["eval_loss/simpo"] > 0 and 0 <= metrics["eval_rewards/accuracies"] <= 1
+    assert metrics[f"eval_loss/{name}"] > 0 and 0 <= metrics["eval_rewards/accuracies"] <= 1
     rows = list(trainer.train_dataset)[:4]
     batch = trainer.data_collator(rows)
     with torch.no_grad():
@@ -412,16 +422,16 @@ def test_simpo_loads_no_reference_and_makes_one_forward_pass(tiny_model, tmp_pat
         expected, rewards = 0.0, []
         for row in rows:
             means = []
-            for name in ("chosen_ids", "rejected_ids"):
-                ids = torch.tensor([row["prompt_ids"] + row[name]])
+            for side in ("chosen_ids", "rejected_ids"):
+                ids = torch.tensor([row["prompt_ids"] + row[side]])
                 logps = trainer.model(input_ids=ids).logits.double().log_softmax(-1)[0, :-1]
                 per_token = logps.gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :]
                 means.append(per_token.mean().item())
             rewards.append([2.0 * mean for mean in means])
-            expected += -torch.nn.functional.logsigmoid(torch.tensor(2.0 * (means[0] - means[1]) - 0.3)).item() / 4
-    found = {name: values for name, values in trainer._metrics["train"].items() if name.startswith("rewards/")}
+            expected += by_hand(*means) / 4
+    found = {key: values for key, values in trainer._metrics["train"].items() if key.startswith("rewards/")}
     chosen, rejected = torch.tensor(rewards).T
-    assert trainer._metrics["train"]["loss/simpo"][-1] == pytest.approx(expected, rel=1e-5)
+    assert trainer._metrics["train"][f"loss/{name}"][-1] == pytest.approx(expected, rel=1e-5)
     assert found == {
         "rewards/chosen": [pytest.approx(chosen.mean().item(), rel=1e-5)],
         "rewards/rejected": [pytest.approx(rejected.mean().item(), rel=1e-5)],

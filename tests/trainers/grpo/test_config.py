@@ -205,7 +205,28 @@ def clipped_mean(batch, *, limit=1.0):
             "TRL's own normalisation.",
         ),
         ({"kl_estimator": "k2", "beta": 0.0}, "kl_estimator/kl_placement have no effect with beta=0.0"),
-        ({"kl_placement": "both", "beta": 0.1}, "kl_placement must be 'loss' or 'reward', got 'both'."),
+        ({"kl_placement": "both", "beta": 0.1}, "kl_placement must be 'loss', 'reward' or 'sequence', got 'both'."),
+        (
+            {"kl_placement": "sequence", "kl_estimator": "k3", "beta": 0.1},
+            "kl_placement='sequence' charges a token for the KL of later ones, which only 'exact' knows without the "
+            "noise of their sampling. Remove kl_estimator='k3', or use kl_placement='reward' with 'k1'.",
+        ),
+        (
+            {"kl_placement": "sequence", "beta": 0.1, "use_bias_correction_kl": False},
+            "kl_placement='sequence' weights the KL of later tokens by the ratio of policy to sampler, without which "
+            "its gradient is that of no KL where rollouts are reused. Remove use_bias_correction_kl=False.",
+        ),
+        ({"kl_placement": "sequence"}, "kl_estimator/kl_placement have no effect with beta=0.0"),
+        (
+            {"kl_placement": "sequence", "beta": 0.1, "sync_ref_model": True, "num_iterations": 2},
+            "kl_placement='sequence' reads hidden states and head of one reference, and sync_ref_model changes it "
+            "between them when rollouts are reused (num_iterations or steps_per_generation). Use ref_refresh_steps,",
+        ),
+        (
+            {"kl_placement": "sequence", "beta": 0.1, "shared_prefix": True, "skip_zero_advantages": True},
+            "skip_zero_advantages leaves out rows that the loss does not depend on, but with beta > 0 with the KL in "
+            "the loss it depends on all rows.",
+        ),
         (
             {"kl_estimator": "k4", "beta": 0.1},
             "'k4' is neither one of ['exact', 'k1', 'k2', 'k3'] nor a dotted path such as 'my_package.my_function'.",
@@ -295,6 +316,15 @@ def test_bad_options_are_refused_in_one_sentence(options, message):
             {"kl_estimator": "k2", "beta": 0.1, "use_bias_correction_kl": False, "num_iterations": 2},
             "kl_estimator='k2' without use_bias_correction_kl is biased when rollouts are reused (num_iterations or "
             "steps_per_generation).",
+        ),
+        (
+            {"kl_placement": "sequence", "beta": 0.1, "per_device_train_batch_size": 1, "steps_per_generation": 8},
+            "kl_placement='sequence' takes its baseline from the other completions of a micro-batch, and "
+            "per_device_train_batch_size=1 leaves none: the same gradient on average, with more noise.",
+        ),
+        (
+            {"kl_placement": "sequence", "beta": 0.1, "importance_sampling_level": "sequence"},
+            "The KL keeps the token-level ratio;",
         ),
         (
             {"kl_estimator": "exact", "beta": 0.1, "importance_sampling_level": "sequence"},

@@ -21,6 +21,7 @@ CASES = {
     "full, float32": {"bf16": False},
     "LoRA": {"peft_config": LORA},
     "LoRA, head in float32": {"peft_config": LORA, "cast_lm_head_to_fp32": True},
+    "full, the KL of completions": {"kl_estimator": None, "kl_placement": "sequence"},
     "4-bit LoRA": {"peft_config": LORA, "quantization_config": FOUR_BIT},
 }
 
@@ -64,11 +65,10 @@ def trained(model, folder, **options):
         "save_strategy": "no",
         "disable_tqdm": True,
         "beta": 0.1,
+        "kl_estimator": "exact",
         **options,
     }
-    trainer = ByHand(
-        model, digits, args=GRPOConfig(str(folder), kl_estimator="exact", **settings), train_dataset=dataset(), **given
-    )
+    trainer = ByHand(model, digits, args=GRPOConfig(str(folder), **settings), train_dataset=dataset(), **given)
     trainer.found = []
     trainer.train()
     return trainer

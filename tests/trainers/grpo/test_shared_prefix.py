@@ -201,6 +201,10 @@ OURS_ONLY = {
         "lora": True, "beta": 0.1, "kl_estimator": "exact", "per_device_train_batch_size": 4, "num_iterations": 2,
         "gradient_accumulation_steps": 2, "max_steps": 2,
     },
+    "the KL of completions, torn groups": {
+        "lora": True, "beta": 0.1, "kl_placement": "sequence", "per_device_train_batch_size": 4, "num_iterations": 2,
+        "gradient_accumulation_steps": 2, "max_steps": 2,
+    },
     "adaptive beta": {
         "beta": 0.1, "kl_estimator": "k3", "kl_target": 0.05, "kl_horizon": 50.0, "num_iterations": 2, "max_steps": 2,
     },

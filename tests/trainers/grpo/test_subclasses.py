@@ -31,6 +31,7 @@ OPTIONS = {
     "steps": {"advantage_estimator": "process_group_relative", "step_ends_function": f"{__name__}.step_ends"},
     "k2": {"kl_estimator": "k2", "beta": BETA},
     "exact": {"kl_estimator": "exact", "beta": BETA},
+    "sequence": {"kl_placement": "sequence", "beta": BETA},
     "kl in reward": {"advantage_estimator": "leave_one_out", "kl_placement": "reward", "beta": BETA},
 }
 # How the option stands in a refusal.
@@ -40,6 +41,7 @@ IN_WORDS = {
     "steps": "advantage_estimator='process_group_relative'",
     "k2": "kl_estimator='k2'",
     "exact": "kl_estimator='exact'",
+    "sequence": "kl_placement='sequence'",
     "kl in reward": "kl_estimator='k1' in the reward|advantage_estimator='leave_one_out'",
 }
 
@@ -132,22 +134,22 @@ def own_logps(self, model, input_ids, attention_mask, logits_to_keep, *args, **k
 ALL = ", ".join(OPTIONS)
 # method, how it is overridden, what that changes (of `by_hand`), options that are refused with it; all others train.
 TABLE = [
-    ("_generate_and_score_completions", "whole", None, "completion, token, steps, exact, kl in reward"),
+    ("_generate_and_score_completions", "whole", None, "completion, token, steps, exact, sequence, kl in reward"),
     ("_generate_and_score_completions", twice_the_advantages, "advantages", ""),
     ("_prepare_inputs", "whole", None, ""),  # TRL's calls `_generate_and_score_completions`
-    ("_prepare_inputs", own_prepare_inputs, None, "completion, token, steps, exact, kl in reward"),
+    ("_prepare_inputs", own_prepare_inputs, None, "completion, token, steps, exact, sequence, kl in reward"),
     ("_prepare_inputs", twice_the_advantages, "advantages", ""),
-    ("_compute_loss", "whole", None, "token, steps, k2, exact, kl in reward"),
+    ("_compute_loss", "whole", None, "token, steps, k2, exact, sequence, kl in reward"),
     ("_compute_loss", twice, "loss", ""),
     ("compute_loss", "whole", None, ""),  # TRL's calls `_compute_loss`
-    ("compute_loss", own_compute_loss, None, "token, steps, k2, exact, kl in reward"),
+    ("compute_loss", own_compute_loss, None, "token, steps, k2, exact, sequence, kl in reward"),
     ("compute_loss", twice, "loss", ""),
     ("_calculate_rewards", "whole", None, ""),
     ("_calculate_rewards", own_calculate_rewards, "rewards", "steps"),
     ("_calculate_rewards", squared, "rewards", "steps"),
-    ("_get_per_token_logps_and_entropies", "whole", None, "exact"),
-    ("_get_per_token_logps_and_entropies", own_logps, "logps", "exact"),
-    ("_get_per_token_logps_and_entropies", twice_the_logps, "logps", "exact"),
+    ("_get_per_token_logps_and_entropies", "whole", None, "exact, sequence"),
+    ("_get_per_token_logps_and_entropies", own_logps, "logps", "exact, sequence"),
+    ("_get_per_token_logps_and_entropies", twice_the_logps, "logps", "exact, sequence"),
     ("_generate", "whole", None, ""),
     ("_generate", three_tokens, "tokens", ""),
 ]
@@ -252,7 +254,7 @@ def advantages_by_hand(completions, kls, option, change):
         at_end = [[0.0] * (n - 1) + [r] for n, r in zip(lengths, rewards, strict=True)]
         rows = reinforce_plus_plus(at_end, [[1] * n for n in lengths], [True] * len(rewards))
     else:
-        estimator = group_relative if option in ("k2", "exact") else leave_one_out
+        estimator = group_relative if option in ("k2", "exact", "sequence") else leave_one_out
         per_row = estimator(rewards, lengths, SIZE)
         rows = [[a] * n for a, n in zip(per_row, lengths, strict=True)]
     if change == "advantages":
@@ -279,13 +281,17 @@ def by_hand(seen, option, change, reference):
         chosen, of_reference = (x[range(len(ids)), ids] * factor for x in (ours, theirs))
         exact = (ours.exp() * (ours - theirs)).sum(-1)
         k1 = chosen - of_reference
-        kls.append({"k2": k1.square() / 2, "exact": exact, "kl in reward": k1}.get(option, 0 * k1))
+        kls.append({"k2": k1.square() / 2, "exact": exact, "sequence": exact, "kl in reward": k1}.get(option, 0 * k1))
         logps.append(chosen)
     rows = advantages_by_hand(completions, kls, option, change)
     loss, tokens = 0.0, sum(len(ids) for ids in completions)
-    for row, logp, kl in zip(rows, logps, kls, strict=True):
+    for i, (row, logp, kl) in enumerate(zip(rows, logps, kls, strict=True)):
         ratio = (logp - logp.detach()).exp()
-        penalty = BETA * kl if option in ("k2", "exact") else 0.0
+        penalty = BETA * kl if option in ("k2", "exact", "sequence") else 0.0
+        if option == "sequence":
+            later = torch.tensor([[sum(other.tolist()[t + 1 :]) for t in range(len(kl))] for other in kls])
+            others = torch.cat([later[:i], later[i + 1 :]])
+            penalty = penalty + BETA * ratio * (later[i] - others.mean(0))
         loss = loss + (penalty - torch.tensor(row) * ratio).sum() / tokens
     (2 * loss if change == "loss" else loss).backward()
     gradient = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}

@@ -30,7 +30,8 @@ from .moving_margins import MovingMargins
 from .pairs import GlobalMargins, PairBatch
 from .psi import PSIS, identity, logit, psipo, psipo_target
 from .rewards import ODPO_FLOOR, margin_dpo, odpo, odpo_metrics, rpo_bwd_kl, rpo_fwd_kl, rpo_sq, rpo_sq_target
-from .variants import cal_dpo, chipo, dpop, length_dpo, simpo, sppo
+from .unpaired import UNPAIRED_LOSSES, MovingRewards, UnpairedBatch, UnpairedLoss, bco
+from .variants import cal_dpo, chipo, dpop, length_dpo, rrhf, simpo, sppo
 
 __all__ = [
     "BETA_FLOOR",
@@ -38,12 +39,17 @@ __all__ = [
     "ODPO_FLOOR",
     "PREFERENCE_LOSSES",
     "PSIS",
+    "UNPAIRED_LOSSES",
     "GlobalMargins",
     "Loss",
     "LossState",
     "MovingMargins",
+    "MovingRewards",
     "PairBatch",
+    "UnpairedBatch",
+    "UnpairedLoss",
     "batch_beta",
+    "bco",
     "beta_dpo",
     "cal_dpo",
     "chipo",
@@ -66,6 +72,7 @@ __all__ = [
     "rpo_fwd_kl",
     "rpo_sq",
     "rpo_sq_target",
+    "rrhf",
     "savage",
     "simpo",
     "sppo",
@@ -139,6 +146,7 @@ PREFERENCE_LOSSES: dict[str, Loss] = {
     "dpop": Loss(dpop, method="DPO-Positive", paper="dpop"),
     "length_dpo": Loss(length_dpo, method="R-DPO", paper="length_dpo"),
     "simpo": Loss(simpo, reference=False, per_token=True, method="SimPO", paper="simpo"),
+    "rrhf": Loss(rrhf, reference=False, per_token=True, method="RRHF", paper="rrhf"),
     "sppo": Loss(sppo, prob=True, method="SPPO", paper="sppo"),
     "chipo": Loss(chipo, method="χPO", paper="chipo"),
     "cal_dpo": Loss(cal_dpo, method="Cal-DPO", paper="cal_dpo"),

@@ -72,6 +72,31 @@ def simpo(batch: PairBatch, *, gamma: float = 0.5) -> torch.Tensor:
     return logistic(batch.beta * (batch.chosen_logps - batch.rejected_logps) - gamma)
 
 
+def rrhf(batch: PairBatch, *, sft_weight: float = 1.0) -> torch.Tensor:
+    r"""
+    Ranking of mean log-probs, and likelihood of the chosen completion; no reference, and no \\(\beta\\).
+
+    $$ \max(0,\ \bar l_l - \bar l_w) - c\,\bar l_w $$
+
+    Yuan et al., 2023 (https://huggingface.co/papers/2304.05302), for two completions. \\(c\\) is `sft_weight`. Both
+    terms are means over the tokens here, as in the authors' code, which puts a weight on the first; the paper's second
+    term is the sum, \\(c\\) = the length. With sums in the batch, [`PairBatch.per_token`] makes them means. Where the
+    order is right already, only the second term has a gradient.
+
+    Args:
+        batch ([`PairBatch`]):
+            Pairs.
+        sft_weight (`float`, *optional*, defaults to `1.0`):
+            Weight \\(c\\) of the likelihood, at least 0.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: Loss of each pair, in nats per token.
+    """
+    if not sft_weight >= 0.0:
+        raise ValueError(f"sft_weight must be at least 0, got {sft_weight!r}.")
+    return torch.relu(batch.rejected_logps - batch.chosen_logps) - sft_weight * batch.chosen_logps
+
+
 def sppo(batch: PairBatch) -> torch.Tensor:
     r"""
     Each completion's log-ratio has its own target.

@@ -62,6 +62,9 @@ class AsyncGRPOConfig(OnlyInOurTrainer, SharedOptions, _AsyncGRPOConfig):
     _VALID_DICT_FIELDS = [*_AsyncGRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model"]
     _rollouts_reused = True  # every sample may be older than the policy
 
+    kl_placement: str | None = field(
+        default=None, metadata={"help": "Where the KL penalty acts: 'loss' (default) or 'reward'."}
+    )
     reward_weights: list[float] | None = field(
         default=None,
         metadata={"help": "With advantage_estimator, a weight for each reward function. Default: 1 for each."},

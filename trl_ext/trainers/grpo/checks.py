@@ -16,7 +16,7 @@ from ...rewards.process_reward_model import refuse_escapes
 from ..input_checks import column_names, datasets_of, quoted, require_columns, require_texts, warn_user
 from .reward_calls import STEP_COLUMNS
 
-DEFAULT_ESTIMATOR = {"loss": "k3", "reward": "k1"}  # of the KL, by placement
+DEFAULT_ESTIMATOR = {"loss": "k3", "reward": "k1", "sequence": "exact"}  # of the KL, by placement
 TEXT_OPTIONS = ("advantage_estimator", "kl_estimator", "kl_placement", "kl_target_unit", "step_ends_function")
 FIELDS_OF_ESTIMATORS = ("process_weight", "outcome_weight")  # options of an estimator that are fields of the config
 NEEDS_CRITIC = "advantage_estimator={!r} needs a critic. Use trl_ext.PPOConfig and PPOTrainer."

@@ -40,11 +40,13 @@ class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
         kl_estimator (`str`, *optional*):
             Estimator of KL(policy‖reference) per token: `"k1"`, `"k2"`, `"k3"`, `"exact"` (over the whole vocabulary),
             or a dotted path to a function of `(per_token_logps, ref_per_token_logps)`. `None`: TRL's own, or, with
-            `kl_placement`, the one that is right there: `"k3"` in the loss, `"k1"` in the reward.
+            `kl_placement`, the one that is right there: `"k3"` in the loss, `"k1"` in the reward, `"exact"` for the
+            sequence.
         kl_placement (`str`, *optional*):
             `"loss"`: `beta` · KL is added to the loss of every token, with TRL's `use_bias_correction_kl`. `"reward"`:
-            it is subtracted from the reward of every token before the advantages. `None`: the loss if `kl_estimator`
-            is set, else TRL's own.
+            it is subtracted from the reward of every token before the advantages. `"sequence"`: as `"loss"`, and each
+            token also pays for the KL of later ones, so that the gradient is that of the KL of whole completions.
+            `None`: the loss if `kl_estimator` is set, else TRL's own.
         kl_target (`float`, *optional*):
             KL in nats at which an adaptive `beta` is kept. `None`: `beta` is constant.
         kl_horizon (`float`, *optional*):

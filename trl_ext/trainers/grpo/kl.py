@@ -9,7 +9,7 @@ import torch
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 
-from ...functional.kl import KL_ESTIMATORS, kl_in_loss, next_beta
+from ...functional.kl import KL_ESTIMATORS, kl_in_loss, kl_of_completions, later_kl, next_beta
 from ...lookup import lookup
 from ...upstream import UpstreamChanged
 from ..foreign import overriding_class, watching
@@ -134,7 +134,7 @@ class KLPenalty:
         trainer ([`GRPOTrainer`]):
             Trainer after its construction.
         placement (`str`):
-            `"loss"` or `"reward"`.
+            `"loss"`, `"reward"` or `"sequence"`.
         name (`str`):
             Entry of `KL_ESTIMATORS`, `"exact"`, or a dotted path.
         base (`type`):
@@ -142,14 +142,17 @@ class KLPenalty:
     """
 
     def __init__(self, trainer: Any, placement: str, name: str, base: type):
-        self.trainer, self.name, self.base = trainer, name, base
+        self.trainer, self.base = trainer, base
         self.in_reward, self.exact = placement == "reward", name == "exact"
+        self.of_completions = placement == "sequence"
+        self.option = "kl_placement='sequence'" if self.of_completions else f"kl_estimator={name!r}"
+        self.in_words = self.option if self.of_completions else f"{self.option} in the {placement}"
         self._estimator: Any = None if self.exact else lookup(name, KL_ESTIMATORS)
         self.own_logps: Any = None  # what our trainer's own method last gave to a subclass's
         if self.exact and trainer.ref_model is None and self._head(None).weight.requires_grad:
             raise ValueError(
-                "kl_estimator='exact' needs one LM head for policy and reference with PEFT, but this adapter trains "
-                "its own copy (modules_to_save). Leave the head out of it, or use 'k3'."
+                f"{self.option} needs one LM head for policy and reference with PEFT, but this adapter trains its own "
+                "copy (modules_to_save). Leave the head out of it, or use 'k3' in the loss."
             )
 
     # Forward passes
@@ -168,9 +171,7 @@ class KLPenalty:
             with last_hidden_states(self.trainer.accelerator.unwrap_model(model)) as collected:
                 result = theirs(model, *args, **kwargs)
             if result[0] is not self.own_logps:
-                raise self._refused(
-                    _LOG_PROBS, "returns log-probs of its own, which kl_estimator='exact' does not read"
-                )
+                raise self._refused(_LOG_PROBS, f"returns log-probs of its own, which {self.option} does not read")
             width = result[0].size(1)
             # The state before a token predicts it. There are none where the KL came with the log-probs.
             hidden = torch.cat(collected)[:, -width - 1 : -1] if collected else None
@@ -187,7 +188,7 @@ class KLPenalty:
             return UpstreamChanged(f"{method} {what}")
         return ValueError(
             f"{cls.__module__}.{cls.__qualname__} overrides {method} and {what}. Keep to what GRPOTrainer's does, or "
-            f"remove kl_estimator={self.name!r}."
+            f"remove {self.option}."
         )
 
     def reference_states(self, passes: list[ForwardPass], output: dict) -> torch.Tensor:
@@ -243,19 +244,32 @@ class KLPenalty:
         self, logps: torch.Tensor, hidden: Any, inputs: dict, mask: torch.Tensor, found: list[torch.Tensor]
     ) -> torch.Tensor:
         """The KL of each token as a term of the loss, `(B, T)`, with graph."""
+        old = inputs.get("old_per_token_logps")
+        old = logps.detach() if old is None else old
+        if not self.exact:
+            corrected = self.trainer.args.use_bias_correction_kl
+            return kl_in_loss(self._estimator, logps, inputs["ref_per_token_logps"], old, mask, corrected)
+        per_token_kl = self._exact(hidden, inputs, mask, found)
+        if not self.of_completions:
+            return per_token_kl
+        return kl_of_completions(per_token_kl, logps, old, mask, self._later_of_all(per_token_kl, mask))
+
+    def _exact(self, hidden: Any, inputs: dict, mask: torch.Tensor, found: list[torch.Tensor]) -> torch.Tensor:
         trainer = self.trainer
         if found:
             if len(found) > 1:
                 raise self._refused(_LOG_PROBS, "runs the policy more than once")
             return torch.where(mask.bool(), found[0], 0.0)
-        if self.exact:
-            head, ref_head = self._head(None), self._head(trainer.ref_model)
-            with trainer.accelerator.autocast():
-                return exact_kl(hidden, head, inputs["ref_hidden_states"], ref_head, mask, trainer.temperature)
-        old = inputs.get("old_per_token_logps")
-        old = logps.detach() if old is None else old
-        corrected = trainer.args.use_bias_correction_kl
-        return kl_in_loss(self._estimator, logps, inputs["ref_per_token_logps"], old, mask, corrected)
+        head, ref_head = self._head(None), self._head(trainer.ref_model)
+        with trainer.accelerator.autocast():
+            return exact_kl(hidden, head, inputs["ref_hidden_states"], ref_head, mask, trainer.temperature)
+
+    def _later_of_all(self, per_token_kl: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[`later_kl`] of the rows of all processes that have a trainable token, `(N, T)` with our own `T`."""
+        accelerator = self.trainer.accelerator
+        rows = torch.cat([mask.any(1, keepdim=True).float(), later_kl(per_token_kl, mask)], dim=1)
+        rows = accelerator.gather(accelerator.pad_across_processes(rows, dim=1))
+        return rows[rows[:, 0] > 0, 1 : mask.size(1) + 1]
 
     def _head(self, model: Any) -> Head:
         """The LM head of a reference, or, with PEFT and by default, of the policy."""

@@ -35,10 +35,11 @@ def check_kl(options: Any) -> None:
     if not options.beta > 0.0:
         raise ValueError(f"beta must be positive, got {options.beta}.")
     if placement not in DEFAULT_ESTIMATOR:
-        raise ValueError(f"kl_placement must be 'loss' or 'reward', got {placement!r}.")
+        raise ValueError(f"kl_placement must be 'loss', 'reward' or 'sequence', got {placement!r}.")
     if estimator != "exact":
         lookup(estimator, KL_ESTIMATORS, also=["exact"], option="kl_estimator")
-    (_check_kl_in_loss if placement == "loss" else check_kl_in_reward)(options, estimator)
+    checks = {"loss": _check_kl_in_loss, "reward": check_kl_in_reward, "sequence": _check_kl_of_completions}
+    checks[placement](options, estimator)
     check_controller(options)
 
 
@@ -50,7 +51,7 @@ def _check_kl_in_loss(options: Any, name: str) -> None:
             "no penalty. Use 'k2' or 'k3', keep use_bias_correction_kl=True, or set kl_placement='reward'."
         )
     if name == "exact":
-        _check_exact(options)
+        _check_exact(options, "kl_estimator='exact'", "Use")
     if name == "k1":
         warn_user(K1_IN_LOSS)
     if name == "k3" and not corrected:
@@ -63,6 +64,10 @@ def _check_kl_in_loss(options: Any, name: str) -> None:
             "kl_estimator='k2' without use_bias_correction_kl is biased when rollouts are reused (num_iterations or "
             "steps_per_generation)."
         )
+    _warn_of_sequence_ratio(options)
+
+
+def _warn_of_sequence_ratio(options: Any) -> None:
     if options.importance_sampling_level == "sequence":
         warn_user(
             "The KL keeps the token-level ratio; TRL's own path would use the sequence ratio, whose KL gradient is "
@@ -70,22 +75,42 @@ def _check_kl_in_loss(options: Any, name: str) -> None:
         )
 
 
-def _check_exact(options: Any) -> None:
+def _check_kl_of_completions(options: Any, name: str) -> None:
+    if name != "exact":
+        raise ValueError(
+            "kl_placement='sequence' charges a token for the KL of later ones, which only 'exact' knows without the "
+            f"noise of their sampling. Remove kl_estimator={name!r}, or use kl_placement='reward' with 'k1'."
+        )
+    if not options.use_bias_correction_kl:
+        raise ValueError(
+            "kl_placement='sequence' weights the KL of later tokens by the ratio of policy to sampler, without which "
+            "its gradient is that of no KL where rollouts are reused. Remove use_bias_correction_kl=False."
+        )
+    _check_exact(options, "kl_placement='sequence'", "Use kl_placement='loss' with")
+    _warn_of_sequence_ratio(options)
+    if options.per_device_train_batch_size == 1 and options.world_size == 1:
+        warn_user(
+            "kl_placement='sequence' takes its baseline from the other completions of a micro-batch, and "
+            "per_device_train_batch_size=1 leaves none: the same gradient on average, with more noise."
+        )
+
+
+def _check_exact(options: Any, what: str, instead: str) -> None:
     if sharding(options) is not None:
         raise ValueError(
-            "kl_estimator='exact' reads the weight of the LM head outside the model's forward, where FSDP and "
-            "DeepSpeed ZeRO-3 keep only a part of it on each process. Use 'k2' or 'k3', or DDP or ZeRO-2."
+            f"{what} reads the weight of the LM head outside the model's forward, where FSDP and "
+            f"DeepSpeed ZeRO-3 keep only a part of it on each process. {instead} 'k2' or 'k3', or DDP or ZeRO-2."
         )
     if is_compiled(options):
         raise ValueError(
-            "kl_estimator='exact' reads hidden states through a hook, which a compiled model leaves out. Use 'k2' or "
-            "'k3', or train without torch_compile and ACCELERATE_DYNAMO_BACKEND."
+            f"{what} reads hidden states through a hook, which a compiled model leaves out. {instead} 'k2' or 'k3', "
+            "or train without torch_compile and ACCELERATE_DYNAMO_BACKEND."
         )
     if options.sync_ref_model and options._rollouts_reused:
         raise ValueError(
-            "kl_estimator='exact' reads hidden states and head of one reference, and sync_ref_model changes it "
-            "between them when rollouts are reused (num_iterations or steps_per_generation). Use ref_refresh_steps, "
-            "which moves it between generation batches."
+            f"{what} reads hidden states and head of one reference, and sync_ref_model changes it between them when "
+            "rollouts are reused (num_iterations or steps_per_generation). Use ref_refresh_steps, which moves it "
+            "between generation batches."
         )
 
 

@@ -109,7 +109,8 @@ class PackedSteps(SharesPrefixes):
     def _fixed_order(self) -> bool:
         """Whether the loss has a mean or a quantile over a micro-batch: which rows share one is part of it then."""
         known = self.loss_type == "bnpo" or self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
-        return known or self._keeps_order
+        has_baseline = kl_choice(Options(self.args))[0] == "sequence"
+        return known or has_baseline or self._keeps_order
 
     # Old log-probs
 

@@ -77,7 +77,7 @@ class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Interruptibl
         if placement is not None and name is not None:
             self._penalty = KLPenalty(self, placement, name, GRPOTrainer)
             for method in (_LOSS, _SCORE) if self._penalty.in_reward or self._penalty.exact else (_LOSS,):
-                self._needed.add(method, f"kl_estimator={name!r} in the {placement}")
+                self._needed.add(method, self._penalty.in_words)
         if options.kl_target is not None:
             self._controller = BetaController(options.kl_target, options.kl_horizon, options.kl_target_unit)
         if self._moving is not None:

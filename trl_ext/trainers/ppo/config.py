@@ -114,7 +114,7 @@ class PPOConfig(GRPOConfig):
     )
     kl_placement: str | None = field(
         default="reward",
-        metadata={"help": "Where the KL penalty acts: 'reward' or 'loss'. With beta 0 nowhere."},
+        metadata={"help": "Where the KL penalty acts: 'reward', 'loss' or 'sequence'. With beta 0 nowhere."},
     )
     num_generations: int = field(default=1, metadata={"help": "Completions per prompt; nothing compares them."})
     beta: float = field(default=0.05, metadata={"help": "Coefficient of the KL."})
