@@ -4,8 +4,8 @@ The part of vLLM's HTTP interface that TRL's asynchronous trainer talks to, serv
     python -m recipes.clock.server MODEL_DIR [--port PORT] [--lora MAX_RANK]
 
 It prints its port and serves until its standard input is closed, so that none outlives the run that started it.
-Requests that arrive together are decoded as one batch. Weights come as an adapter's folder, as to vLLM, or, in place of
-NCCL, as safetensors in the body of `POST /weights`.
+Requests that arrive together are decoded as one batch. Weights come as an adapter's folder, as to vLLM, or, in place
+of NCCL, as safetensors in the body of `POST /weights`.
 """
 
 import argparse
