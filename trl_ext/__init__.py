@@ -20,6 +20,8 @@ _PUBLIC = {
     "KTOTrainer": "trl_ext.trainers.kto",
     "PPOConfig": "trl_ext.trainers.ppo",
     "PPOTrainer": "trl_ext.trainers.ppo",
+    "PRMConfig": "trl_ext.trainers.prm",
+    "PRMTrainer": "trl_ext.trainers.prm",
     "ProcessRewardModel": "trl_ext.rewards",
     "register": "trl_ext.registration",
     "unregister": "trl_ext.registration",
@@ -35,6 +37,8 @@ __all__ = [
     "KTOTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "PRMConfig",
+    "PRMTrainer",
     "ProcessRewardModel",
     "__version__",
     "register",
@@ -55,6 +59,8 @@ if TYPE_CHECKING:
     from .trainers.kto import KTOTrainer as KTOTrainer
     from .trainers.ppo import PPOConfig as PPOConfig
     from .trainers.ppo import PPOTrainer as PPOTrainer
+    from .trainers.prm import PRMConfig as PRMConfig
+    from .trainers.prm import PRMTrainer as PRMTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ _GRPO, _DPO = "trl.trainer.grpo_trainer.GRPOTrainer", "trl.trainer.dpo_trainer.D
 _KTO = "trl.trainer.kto_trainer.KTOTrainer"
 _ENGINE = "trl.experimental.async_grpo"
 _ASYNC = f"{_ENGINE}.async_grpo_trainer.AsyncGRPOTrainer"
+_REWARD = "trl.trainer.reward_trainer.RewardTrainer"
 # Of every trainer that we subclass. Some are of transformers, but TRL may override them in any release.
 _OF_EVERY_TRAINER = {
     "train": ("self", "resume_from_checkpoint"),
@@ -29,12 +30,17 @@ _OF_EVERY_TRAINER = {
 }
 # What we override, call or replace, with the names of its first parameters.
 PARAMETERS: dict[str, tuple[str, ...]] = {
-    **{f"{cls}.{name}": names for cls in (_GRPO, _DPO, _KTO, _ASYNC) for name, names in _OF_EVERY_TRAINER.items()},
+    **{
+        f"{cls}.{method}": names
+        for cls in (_GRPO, _DPO, _KTO, _REWARD, _ASYNC)
+        for method, names in _OF_EVERY_TRAINER.items()
+    },
     f"{_GRPO}._prepare_inputs": ("self", "generation_batch"),
     f"{_GRPO}.training_step": ("self", "model", "inputs", "num_items_in_batch"),
     f"{_GRPO}._get_train_sampler": ("self", "dataset"),
     f"{_GRPO}._generate_and_score_completions": ("self", "inputs"),
     f"{_GRPO}._generate": ("self", "prompts"),
+    f"{_GRPO}._generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "num_generations"),
     f"{_GRPO}._calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     f"{_GRPO}._get_per_token_logps_and_entropies": (
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
@@ -57,6 +63,13 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_ENGINE}.async_grpo_config.AsyncGRPOConfig.get_process_log_level": ("self",),
     f"{_ENGINE}.async_rollout_worker._AsyncRolloutLoop._score_group": ("self", "group"),
     f"{_ENGINE}.async_rollout_worker._child_main": ("loop_cls", "loop_kwargs"),
+    f"{_REWARD}._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
+    f"{_REWARD}._set_signature_columns_if_needed": ("self",),
+    f"{_REWARD}.evaluation_loop": (
+        "self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix",
+    ),
+    f"{_REWARD}._save": ("self", "output_dir", "state_dict"),
+    f"{_REWARD}._get_num_items_in_batch": ("self", "batch_samples", "device"),
     f"{_KTO}.training_step": ("self", "args", "kwargs"),
     f"{_KTO}._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     f"{_KTO}.compute_ref_log_probs": ("self", "model", "inputs"),
@@ -64,12 +77,16 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "trl.trainer.grpo_config.GRPOConfig.get_process_log_level": ("self",),
     "trl.trainer.dpo_config.DPOConfig.get_process_log_level": ("self",),
     "trl.trainer.kto_config.KTOConfig.get_process_log_level": ("self",),
+    "trl.trainer.reward_config.RewardConfig.get_process_log_level": ("self",),
     "trl.trainer.callbacks.SyncRefModelCallback.sync_target_model": ("model", "target_model", "alpha"),
     "trl.trainer.utils.is_async_callable": ("func",),
     "trl.trainer.utils.selective_log_softmax": ("logits", "index"),
     "trl.trainer.utils.use_adapter": ("model", "adapter_name"),
     "trl.trainer.utils.get_config_model_id": ("config",),
     "trl.trainer.utils.disable_dropout_in_model": ("model",),
+    "trl.trainer.utils.create_model_from_path": ("model_id", "architecture", "kwargs"),
+    "trl.trainer.utils.global_then_local_main_first": (),
+    "trl.trainer.utils.pad": ("tensors", "padding_value", "padding_side", "pad_to_multiple_of"),
     "trl.models.utils.disable_gradient_checkpointing": ("model", "gradient_checkpointing_kwargs"),
     "trl.kernels.chunked_divergence.ChunkedDivergenceFunction.forward": (
         "ctx", "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias",

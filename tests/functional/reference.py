@@ -5,6 +5,7 @@ Rows are lists of token rewards, the KL penalty subtracted; `without_kl` are the
 penalty was. Returns are their sums, `None` in rows without any reward.
 """
 
+import itertools
 import math
 
 NOT_SCORED = None
@@ -73,12 +74,76 @@ def length_weighted(returns, lengths, size):
     return out
 
 
+def pass_at_k(returns, lengths, size, without_kl=None, k=2, scale=True):
+    """Every set of k attempts written out: what the sets with a row are better than all of them (2508.10751)."""
+    out = [0.0] * len(returns)
+    for _, scored in _groups(returns, size):
+        if len(scored) <= k:
+            continue
+        sets = list(itertools.combinations(scored, k))
+        best = [max(returns[j] for j in members) for members in sets]
+        mean = sum(best) / len(best)
+        std = math.sqrt(sum((x - mean) ** 2 for x in best) / len(best))
+        kl_alone = without_kl is not None and equal([without_kl[i] for i in scored])
+        for i in scored:
+            own = [x for x, members in zip(best, sets, strict=True) if i in members]
+            ahead = sum(own) / len(own) - mean
+            if not scale or kl_alone:
+                out[i] = ahead
+            elif not equal(best):
+                out[i] = ahead / std
+    return out
+
+
+def best_of_group(returns, lengths, size, without_kl=None, scale=False):
+    """The maximum less the maximum without the row (2503.19595)."""
+    out = [0.0] * len(returns)
+    for _, scored in _groups(returns, size):
+        if len(scored) < 2:
+            continue
+        values = [returns[i] for i in scored]
+        mean = sum(values) / len(values)
+        std = math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
+        kl_alone = without_kl is not None and equal([without_kl[i] for i in scored])
+        for i in scored:
+            ahead = max(values) - max(returns[j] for j in scored if j != i)
+            out[i] = ahead if not scale or kl_alone else ahead / std if not equal(values) else 0.0
+    return out
+
+
+def gpg(returns, lengths, size, without_kl=None, correction="groups"):
+    """Section "Accurate gradient estimation" of 2504.02546, or as verl counts."""
+    out, counted, total = [0.0] * len(returns), 0, 0
+    outcomes = returns if without_kl is None else without_kl
+    for _, scored in _groups(returns, size):
+        total += len(scored)
+        if correction == "nonzero":
+            counted += sum(returns[i] != 0 for i in scored)
+        elif len(scored) > 1 and not equal([outcomes[i] for i in scored]):
+            counted += len(scored)
+        for i in scored:
+            out[i] = returns[i] - sum(returns[j] for j in scored) / len(scored)
+    return [x * total / max(counted, 1) for x in out]
+
+
 def reinforce(rows, masks, scored, gamma=1.0, discount="trainable"):
     """Rows of token rewards to rows of advantages; 0 in rows without any reward."""
     return [
         reward_to_go(row, mask, gamma, discount) if known else [0.0] * len(row)
         for row, mask, known in zip(rows, masks, scored, strict=True)
     ]
+
+
+def remax(rows, masks, scored, greedy):
+    """Algorithm 1 of arXiv 2310.10505, the KL of the tokens to come in the return; `None` in `greedy`: not scored."""
+    out = []
+    for row, mask, known, baseline in zip(rows, masks, scored, greedy, strict=True):
+        compared = known and baseline is not None
+        out.append([0.0] * len(row))
+        for t in range(len(row)):
+            if mask[t] and compared:
+                out[-1][t] = sum(r for r, m in zip(row[t:], mask[t:], strict=True) if m) - baseline
+    return out
 
 
 def reinforce_plus_plus(

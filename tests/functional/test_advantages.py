@@ -21,11 +21,12 @@ F64 = torch.float64
 NAN = float("nan")
 ALL = sorted(ADVANTAGE_ESTIMATORS)
 SIBLINGS = [name for name in ALL if ADVANTAGE_ESTIMATORS[name].siblings]
+WITHOUT_A_MEAN = ["reinforce", "remax"]  # of the samples
 REINFORCE_PP = ["reinforce_plus_plus", "reinforce_plus_plus_baseline"]
 
 
-def close(actual, expected, atol=1e-6, rtol=0.0):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), atol=atol, rtol=rtol)
+def close(actual, expected, atol=1e-6, rtol=0.0, **options):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), atol=atol, rtol=rtol, **options)
 
 
 def mask_of(lengths):
@@ -41,8 +42,10 @@ def rewarded(name, rewards, scored, mask, size, penalty=None):
     if ADVANTAGE_ESTIMATORS[name].steps == "needed":
         nothing = torch.zeros_like(rewards), torch.zeros_like(scored)
         return RewardBatch(*nothing, mask, size, steps=rewards, steps_scored=scored)
-    values = torch.zeros(len(mask), mask.size(1) + 1) if ADVANTAGE_ESTIMATORS[name].values else None
-    return RewardBatch(rewards, scored, mask, size, kl_penalty=penalty, values=values)
+    row = ADVANTAGE_ESTIMATORS[name]
+    values = torch.zeros(len(mask), mask.size(1) + 1) if row.values else None
+    greedy = torch.zeros(len(mask)) if row.baseline else None
+    return RewardBatch(rewards, scored, mask, size, kl_penalty=penalty, values=values, baseline=greedy)
 
 
 def of_returns(name, returns, mask, size):
@@ -64,7 +67,7 @@ KL_PENALTY = 0.1 * KL * KL_MASK
 
 def with_kl(name, returns, size=1, beta=1.0, **options):
     rewards, scored = reward_at_end(torch.tensor(returns, dtype=F64), KL_MASK)
-    return estimate(name, RewardBatch(rewards, scored, KL_MASK, size, kl_penalty=beta * KL_PENALTY), **options)
+    return estimate(name, rewarded(name, rewards, scored, KL_MASK, size, beta * KL_PENALTY), **options)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_estimators_of_one_return_sum_the_kl_over_the_sequence():
     close(with_kl("group_relative", [1.0, 0.0], size=2), [0.707002, -0.707002])
 
 
-PER_GROUP = ["group_relative", "process_group_relative"]  # divided by the standard deviation of the group
+PER_GROUP = ["group_relative", "pass_at_k", "process_group_relative"]  # divided by the standard deviation of the group
 GROUPS = [1, 0, 0, 0, 0.9, 1, 1, 0.8]
 
 
@@ -197,7 +200,7 @@ def test_a_batch_that_cannot_teach_gives_zeros_and_a_warning(name, empty):
 @pytest.mark.parametrize("name", ALL)
 def test_one_trainable_token_gives_zero(name):
     size = 1
-    if name == "reinforce":
+    if name in WITHOUT_A_MEAN:
         close(outcome(name, [3.0], size=size), [3.0])
     elif name == "gae":
         with pytest.warns(UserWarning, match="All rewards of the batch are equal"):
@@ -214,7 +217,7 @@ def test_a_row_without_scored_sibling_gets_zero(name):
     close(outcome(name, [5.0, NAN, NAN, NAN, 1.0, 0.0, 0.0, 1.0])[:4], [0.0] * 4)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "reinforce"])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in WITHOUT_A_MEAN])
 def test_equal_rewards_give_zero(name):
     close(outcome(name, [0.7] * 8), [0.0] * 8, atol=1e-9)
 
@@ -265,12 +268,19 @@ class Case(NamedTuple):
         values = tensor(self.values)
         own, end = values[:, : values.size(1) - pad - 1], values[:, values.size(1) - pad - 1, None]
         values = torch.cat([torch.nn.functional.pad(own, (0, pad)), end], dim=1)
-        return quiet(RewardBatch, outcome, scored, mask, self.size, steps, known, penalty, values=values)
+        greedy = tensor(self.greedy)
+        return quiet(RewardBatch, outcome, scored, mask, self.size, steps, known, penalty, greedy, values)
 
     @property
     def values(self):
         """What a critic might say, one number more than tokens."""
         return [[(3 * i + 7 * t) % 5 / 4 for t in range(len(mask) + 1)] for i, mask in enumerate(self.mask)]
+
+    @property
+    def greedy(self):
+        """What the greedy answers to the prompts might have returned; one in four was not scored."""
+        groups = (i // self.size for i in range(len(self.mask)))
+        return [NAN if (g + len(self.mask)) % 4 == 0 else (g * 3 + 1) % 4 / 4 for g in groups]
 
     @property
     def scored(self):
@@ -355,7 +365,7 @@ def test_laws_of_every_estimator(name, data):
     assert not tokens[batch.mask == 0].any()
     assert not advantages[~torch.tensor(case.scored)].any()
     for key, value in before.items():
-        assert torch.equal(tensors(batch)[key], value), "inputs are not changed"
+        close(tensors(batch)[key], value, atol=0, equal_nan=True)  # inputs are not changed
 
     padded = quiet(row.function, case.batch(pad=2))
     close(padded if padded.dim() == 1 else padded[:, :-2], advantages, atol=1e-9, rtol=1e-9)
@@ -396,6 +406,8 @@ def written(name, case, **options):
     lengths = [sum(mask) for mask in masks]
     if name == "reinforce":
         return reference.reinforce(rows, masks, known, **options)
+    if name == "remax":
+        return reference.remax(rows, masks, known, [None if math.isnan(b) else b for b in case.greedy])
     if name == "reinforce_plus_plus":
         return reference.reinforce_plus_plus(rows, masks, known, without_kl, **options)
     if name == "reinforce_plus_plus_baseline":
@@ -417,8 +429,9 @@ def written(name, case, **options):
         groups = range(0, len(rows), case.size)
         if any(sum(lengths[i] for i in range(s, s + case.size) if known[i]) == 0 for s in groups):
             return None  # no token in a group: no baseline to write down; zeros, see the laws
-    if name == "group_relative":
-        expected = reference.group_relative(returns, lengths, case.size, None if without_kl is None else outcomes)
+    if name in ("group_relative", "pass_at_k", "best_of_group", "gpg"):
+        outcomes = None if without_kl is None else outcomes
+        expected = getattr(reference, name)(returns, lengths, case.size, outcomes, **options)
     else:
         expected = getattr(reference, name)(returns, lengths, case.size)
     return [x if n else 0.0 for x, n in zip(expected, lengths, strict=True)]
@@ -450,6 +463,18 @@ def test_reinforce_plus_plus_options_equal_the_loop(case, weighting, correction,
         ("reinforce", discounting),
         ("reinforce_plus_plus", options | discounting),
         ("reinforce_plus_plus_baseline", options),
+    ):
+        actual = quiet(estimate, name, case.batch(), **given_options)
+        close(actual, written(name, case, **given_options), atol=1e-8, rtol=1e-8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(), k=st.integers(1, 4), scale=st.booleans(), correction=st.sampled_from(["groups", "nonzero"]))
+def test_options_of_the_estimators_of_attempts_equal_the_loop(case, k, scale, correction):
+    for name, given_options in (
+        ("pass_at_k", {"k": k, "scale": scale}),
+        ("best_of_group", {"scale": scale}),
+        ("gpg", {"correction": correction}),
     ):
         actual = quiet(estimate, name, case.batch(), **given_options)
         close(actual, written(name, case, **given_options), atol=1e-8, rtol=1e-8)
@@ -574,7 +599,9 @@ def test_a_row_says_whether_the_result_has_one_number_per_token(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_row_says_whether_completions_of_one_prompt_are_compared(name):
-    results = {size: estimate(name, asked(name, num_generations=size)) for size in (1, 2, 4, 8)}
+    needed = ADVANTAGE_ESTIMATORS[name].completions
+    sizes = [size for size in (1, 2, 4, 8) if size == 1 or needed is None or size >= needed()]
+    results = {size: estimate(name, asked(name, num_generations=size)) for size in sizes}
     if ADVANTAGE_ESTIMATORS[name].siblings:
         assert all(not torch.allclose(a, b) for a, b in itertools.combinations(results.values(), 2))
         if ADVANTAGE_ESTIMATORS[name].steps != "needed":  # the two steps of one completion are compared, too
@@ -647,7 +674,9 @@ def test_a_row_without_a_divisor_divides_by_nothing_or_by_one_number_for_each_pr
     def scaled(factor):
         steps = None if batch.steps is None else factor * batch.steps
         values = None if batch.values is None else factor * batch.values
-        return estimate(name, dataclasses.replace(batch, outcome=factor * batch.outcome, steps=steps, values=values))
+        greedy = None if batch.baseline is None else (factor * torch.ones(8, 1)).flatten() * batch.baseline
+        new = {"outcome": factor * batch.outcome, "steps": steps, "values": values, "baseline": greedy}
+        return estimate(name, dataclasses.replace(batch, **new))
 
     before, all_tripled, first_tripled = estimate(name, batch), scaled(3), scaled(first)
     if ADVANTAGE_ESTIMATORS[name].std is not None:  # one number for the batch
@@ -665,7 +694,9 @@ def test_a_row_without_a_divisor_divides_by_nothing_or_by_one_number_for_each_pr
 @given(data=st.data())
 def test_the_share_of_the_steps_equals_the_loop(data):
     name = "process_group_relative"
-    assert {name, "gae"} == {other for other in ALL if ADVANTAGE_ESTIMATORS[other].metrics}, "each needs its loop"
+    assert {name, "gae", "remax"} == {other for other in ALL if ADVANTAGE_ESTIMATORS[other].metrics}, (
+        "each needs its loop"
+    )
     case = data.draw(cases("needed"))
     weights = {key: data.draw(st.sampled_from([0.0, 0.5, 1.0, -2.0])) for key in ("process_weight", "outcome_weight")}
     options = {**weights, "credit": data.draw(st.sampled_from(["sum", "mean", "min"]))}

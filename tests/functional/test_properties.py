@@ -22,12 +22,15 @@ from trl_ext.functional.rewards import RewardBatch, reward_at_end, reward_at_ste
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 EXPONENTS = st.integers(-30, 30)
-UNIT_FREE = {"group_relative", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "process_group_relative"}
+UNIT_FREE = {"group_relative", "pass_at_k"}
+UNIT_FREE |= {"reinforce_plus_plus", "reinforce_plus_plus_baseline", "process_group_relative"}
 
 
 def values_for(name, mask):
-    """What a critic that knows nothing says, where one is needed."""
-    return {"values": torch.zeros(len(mask), mask.size(1) + 1)} if ADVANTAGE_ESTIMATORS[name].values else {}
+    """What a critic that knows nothing says, and a greedy answer that is worth nothing, where one is needed."""
+    row = ADVANTAGE_ESTIMATORS[name]
+    values = {"values": torch.zeros(len(mask), mask.size(1) + 1)} if row.values else {}
+    return values | ({"baseline": torch.zeros(len(mask))} if row.baseline else {})
 
 
 def of_outcomes(name):

@@ -278,7 +278,8 @@ def check_packed_attention(device: str, dtype: torch.dtype) -> None:
 def _advantages(row, rewards, scored, mask, *_):
     steps = {"steps": rewards, "steps_scored": scored} if row.steps == "needed" else {}
     values = {"values": rewards.new_full((len(mask), mask.size(1) + 1), 0.3)} if row.values else {}
-    return row.function(RewardBatch(rewards, scored, mask, 4, **steps, **values))
+    greedy = {"baseline": rewards.new_full((len(mask),), 0.3)} if row.baseline else {}
+    return row.function(RewardBatch(rewards, scored, mask, 4, **steps, **values, **greedy))
 
 
 def _penalty(estimator, rewards, scored, mask, *logps):

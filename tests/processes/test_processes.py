@@ -5,7 +5,7 @@ import pytest
 import torch
 import two_processes
 from theorems import proves
-from two_processes import BATCH, CASES, REFUSED
+from two_processes import BATCH, CASES, GREEDY, REFUSED
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +19,14 @@ def one_and_two(tiny_model, tmp_path_factory):
     "Two processes train to the weights of one, for every estimator, KL and reward of steps (float32)",
     at_most=1e-05,
 )
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | GREEDY)
 def test_two_processes_equal_one(one_and_two, case):
     one, two = one_and_two[0][case], [result[case] for result in one_and_two[1]]
+    rows = GREEDY.get(case, {}).get("rows", BATCH)
     for step, whole in enumerate(one["advantages"]):
         parts = [result["advantages"][step] for result in two]
-        assert [len(part) for part in parts] == [BATCH // 2] * 2
-        for part, expected in zip(parts, whole.split(BATCH // 2), strict=True):
+        assert [len(part) for part in parts] == [rows // 2] * 2
+        for part, expected in zip(parts, whole.split(rows // 2), strict=True):
             if part.dim() == 2:  # each process pads to its own longest completion
                 assert not expected[:, part.size(1) :].any()
                 expected = expected[:, : part.size(1)]
@@ -38,7 +39,7 @@ def test_two_processes_equal_one(one_and_two, case):
     for ours, theirs in zip(two[0]["log"], one["log"], strict=True):
         assert ours.keys() == theirs.keys()
         names = {"reward", "advantages/mean", "advantages/std", "advantages/frac_groups_zero_std"}
-        names |= {"kl", "kl/k3", "kl/beta", *(name for name in ours if name.startswith("process/"))}
+        names |= {"kl", "kl/k3", "kl/beta", *(name for name in ours if name.startswith(("process/", "remax/")))}
         for name in names:
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-6), name
 
@@ -75,3 +76,14 @@ def test_what_is_wrong_on_one_process_is_raised_on_all(one_and_two, case):
     assert no_cause == "None" and ("raises" in case) == (cause != "None"), "the traceback of the function is kept"
     if case == "one_too_many":
         assert "for completion 1, which has" in first
+
+
+def test_all_processes_skip_the_same_steps(one_and_two, tiny_model, tmp_path):
+    one, two = two_processes.bounded(tiny_model, tmp_path, 1), [result["bounded"] for result in one_and_two[1]]
+    assert one["free"]["kl"][1] > 1e-5
+    for name, second in (("free", 0.0), ("below", 1.0), ("above", 0.0)):
+        for result in two:
+            assert result[name]["kl"] == pytest.approx(one[name]["kl"], rel=1e-3, abs=1e-9)
+            assert result[name]["skipped"][:2] == one[name]["skipped"][:2] == [0.0, second]
+            for key, weight in two[0][name]["weights"].items():
+                assert torch.equal(result[name]["weights"][key], weight), key

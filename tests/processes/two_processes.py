@@ -88,7 +88,11 @@ def no_ends_on_the_last_process(token_ids, tokenizer):
 
 
 STEPS = {"advantage_estimator": "process_group_relative", "step_separator": "b"}
-OUTCOMES_ALONE = [name for name, row in ADVANTAGE_ESTIMATORS.items() if row.steps != "needed" and not row.values]
+OUTCOMES_ALONE = [
+    name
+    for name, row in ADVANTAGE_ESTIMATORS.items()
+    if row.steps != "needed" and not row.values and not row.baseline  # of a greedy answer, which is not scripted
+]
 CASES = {name: {"advantage_estimator": name} for name in OUTCOMES_ALONE}
 CASES |= {
     f"{name}, KL in the reward": {"advantage_estimator": name, "kl_placement": "reward", "beta": 0.1}
@@ -116,6 +120,20 @@ CASES |= {
     "PRIME": {"advantage_estimator": "prime", "implicit_prm": {"beta": 0.5, "learning_rate": 0.02}, "lora": True},
     "step rewards in REINFORCE++": {**STEPS, "reward_funcs": by_step, "advantage_estimator": "reinforce_plus_plus"},
 }
+# Samples are scripted, greedy answers are the model's. With three rows each, both processes have the second prompt.
+STRADDLING = {"advantage_estimator": "remax", "num_generations": 2, "rollout_func": None, "rows": 6}
+GREEDY = {
+    "greedy answers": STRADDLING,
+    "greedy answers, steps and KL": {
+        **STRADDLING,
+        "reward_funcs": [by_step, some_fail],
+        "step_separator": "b",
+        "kl_placement": "reward",
+        "beta": 0.1,
+    },
+    "greedy answers, one completion": {**STRADDLING, "num_generations": 1},
+    "greedy answers, one prompt": {**STRADDLING, "num_generations": 6},
+}
 OUTCOME = {"advantage_estimator": "leave_one_out"}
 REFUSED = {
     **{function.__name__: {"reward_funcs": function, **STEPS} for function in (one_too_many, lists_on_one_process)},
@@ -134,22 +152,19 @@ class Recorder(GRPOTrainer):
         self.__dict__.setdefault("seen", []).append(output["advantages"])
         return output
 
+    def _generate_single_turn(self, prompt_ids, *args):
+        if self._greedy is not None:
+            return super()._generate_single_turn(prompt_ids, *args)
+        prompts = self.processing_class.batch_decode(prompt_ids)
+        return scripted_rollout(prompts, self)["completion_ids"], None
+
 
 def run(model: str, folder: Path, world_size: int) -> dict:
     results = {}
-    for name, options in CASES.items():
-        trainer = build(
-            Recorder,
-            GRPOConfig,
-            model,
-            folder,
-            per_device_train_batch_size=BATCH // world_size,
-            max_steps=4,
-            optim="sgd",
-            learning_rate=0.1,
-            rollout_func=scripted_rollout,
-            **{"reward_funcs": some_fail, **options},
-        )
+    for name, options in (CASES | GREEDY).items():
+        settings = {"reward_funcs": some_fail, "rollout_func": scripted_rollout, "rows": BATCH, **options}
+        settings["per_device_train_batch_size"] = settings.pop("rows") // world_size
+        trainer = build(Recorder, GRPOConfig, model, folder, max_steps=4, optim="sgd", learning_rate=0.1, **settings)
         assert trainer.accelerator.num_processes == world_size
         trainer.train()
         results[name] = {
@@ -158,6 +173,27 @@ def run(model: str, folder: Path, world_size: int) -> dict:
             "log": logged(trainer),
             "table": list(trainer._logs["advantages"]),
         }
+    return results
+
+
+def bounded(model: str, folder: Path, world_size: int) -> dict:
+    """
+    Two updates on each of two generation batches: with no bound that acts, and with bounds just below and just above
+    the KL of the second update. A process alone would measure its own.
+    """
+    results, bound = {}, 1e6
+    for name in ("free", "below", "above"):
+        trainer = build(
+            GRPOTrainer, GRPOConfig, model, folder, max_steps=4, learning_rate=0.01, weight_decay=0.5,
+            rollout_func=scripted_rollout, reward_funcs=some_fail, num_iterations=2, lr_scheduler_type="constant",
+            per_device_train_batch_size=BATCH // world_size,
+            policy_kl_stop=bound * {"free": 1, "below": 0.99, "above": 1.01}[name],
+        )  # fmt: skip
+        trainer.train()
+        kl = [entry["policy_kl"] for entry in logged(trainer)]
+        bound = kl[1] if name == "free" else bound
+        skipped = [entry["policy_kl/skipped"] for entry in logged(trainer)]
+        results[name] = {"kl": kl, "skipped": skipped, "weights": weights(trainer)}
     return results
 
 
@@ -177,4 +213,5 @@ def refused(model: str, folder: Path, world_size: int) -> dict:
 if __name__ == "__main__":
     model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     results = {**run(model, folder, world_size), "refused": refused(model, folder, world_size)}
+    results["bounded"] = bounded(model, folder, world_size)
     leave(results, folder, world_size)

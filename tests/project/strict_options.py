@@ -11,6 +11,7 @@ from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.kto import KTOConfig
 from trl_ext.trainers.ppo import PPOConfig
+from trl_ext.trainers.prm import PRMConfig
 
 KINDS = {
     "grpo": (GRPOScriptArguments, GRPOConfig),
@@ -18,6 +19,7 @@ KINDS = {
     "kto": (ScriptArguments, KTOConfig),
     "ppo": (GRPOScriptArguments, PPOConfig),
     "async": (RunArguments, AsyncGRPOConfig),
+    "prm": (ScriptArguments, PRMConfig),
 }
 ON_THIS_MACHINE = {"bf16": False, "use_cpu": True}
 

@@ -36,7 +36,7 @@ SLOW = {
     "docs/async.md": 1,
     "docs/methods/preference.md": 1,
     "docs/methods/process_rewards.md": 1,
-    "docs/methods/reward_models.md": 1,
+    "docs/methods/reward_models.md": 2,
     "docs/quantization.md": 1,
 }
 
@@ -49,7 +49,7 @@ def run_python(example):
 
 def run_yaml(example):
     options = yaml.safe_load(example.parsed)
-    of_trl = "dpo" if isinstance(options.get("loss_type"), list) else "grpo"
+    of_trl = "dpo" if isinstance(options.get("loss_type"), list) else "prm" if "kind" in options else "grpo"
     read_options("label-steps" if "verifier" in options else of_trl, options)
 
 

@@ -13,6 +13,7 @@ from strict_options import read_options
 from recipes.gsm8k import exact_number, to_prompt
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.functional.preference import PREFERENCE_LOSSES, UNPAIRED_LOSSES
+from trl_ext.functional.step_objectives import STEP_OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")])
@@ -118,6 +119,9 @@ def test_the_row_of_a_recipe_is_true(path):
     if command_of(path) == "dpo":
         names, also = options["loss_type"], {"trl-ext dpo"}
         title = PREFERENCE_LOSSES[names[0]].method
+    elif command_of(path) == "prm":
+        names, also = [options.get("objective", "classification")], {"trl-ext prm"}
+        title = STEP_OBJECTIVES[names[0]].method
     elif command_of(path) == "kto":
         names, also = [options["loss_type"]], {"trl-ext kto"}
         title = UNPAIRED_LOSSES[names[0]].method
@@ -137,7 +141,9 @@ def test_the_row_of_a_recipe_is_true(path):
     assert ("LoRA" in model) == options.get("use_peft", False)
     assert ("4-bit" in model) == (options.get("load_in_4bit", False) or bool(scorer and scorer.get("load_in_4bit")))
     assert in_code(data) == {options["dataset_name"]}
-    embedded = (ROOT / options["model_name_or_path"]).exists() and (ROOT / options["dataset_name"]).exists()
+    made_here = options["dataset_name"].startswith("outputs/clock_")  # by a module of `recipes.clock`
+    data_here = made_here or (ROOT / options["dataset_name"]).exists()
+    embedded = (ROOT / options["model_name_or_path"]).exists() and data_here
     assert ("the hub" in needs) != embedded and ("a CPU" in needs) == embedded
     was_run = re.search("^# (Run|Not run) to the end", header, re.MULTILINE)[1] == "Run"
     assert run == ("yes" if was_run else "no")

@@ -12,6 +12,7 @@ from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.kto import KTOConfig
 from trl_ext.trainers.ppo import PPOConfig
+from trl_ext.trainers.prm import PRMConfig
 from trl_ext.trainers.shared_options import SharedOptions
 from trl_ext.upstream import trl_class
 
@@ -60,7 +61,7 @@ def test_a_function_body_has_at_most_45_lines(path):
             assert node.end_lineno - body[0].lineno < 45, node.name
 
 
-@pytest.mark.parametrize("config", [GRPOConfig, DPOConfig, KTOConfig, PPOConfig, AsyncGRPOConfig])
+@pytest.mark.parametrize("config", [GRPOConfig, DPOConfig, KTOConfig, PPOConfig, PRMConfig, AsyncGRPOConfig])
 def test_every_option_is_in_the_docstring_and_has_help(config):
     theirs = trl_class(config).__dataclass_fields__.keys()
     shared = SharedOptions.__annotations__ if SharedOptions in config.__bases__ else {}

@@ -250,13 +250,20 @@ def test_four_bit_weights_score_nearly_the_same(saved):
     ("options", "message"),
     [
         ({"kind": "value"}, "kind must be one of ['chat', 'good_bad', 'marker', 'token_classifier'], got 'value'."),
-        ({"kind": "marker", "score": "logit"}, "score must be one of ['probability', 'difference'], got 'logit'."),
+        (
+            {"kind": "marker", "score": "logit"},
+            "score must be one of ['probability', 'difference', 'value'], got 'logit'.",
+        ),
         ({"kind": "chat", "separator": "\n"}, "separator must be left out for 'chat'."),
         ({"kind": "marker", "separator": ""}, "separator must be a text for 'marker'."),
         ({"kind": "good_bad", "separator": " ки\\n"}, "separator holds a backslash and a letter where a control"),
         ({"kind": "marker", "batch_size": 0}, "batch_size must be a positive whole number, got 0."),
         ({"kind": "marker", "maximum": 1}, "process_reward_model has no 'maximum'; it takes ['bad', 'batch_size',"),
-        ({}, "process_reward_model needs 'kind'."),
+        ({}, "'none/such' has no process_reward_model.json that says what kind it is; give kind, one of ['chat',"),
+        ({"model": None}, "process_reward_model needs 'model', a folder or a model id."),
+        ({"kind": "marker", "good": "+"}, "good and bad are answers of ('good_bad', 'chat'); kind='marker' has"),
+        ({"kind": "good_bad", "system_prompt": "1"}, "system_prompt is read by 'marker' and 'chat', whose text is a"),
+        ({"kind": "chat", "score": "value"}, "objective='regression' needs an output of its own; kind='chat' has"),
     ],
 )
 def test_options_are_checked_before_a_model_loads(options, message):

@@ -14,10 +14,10 @@ from ..registration import register
 
 DESCRIPTION = (
     "TRL's command line with the options of trl_ext: advantage estimators, KL penalties and process rewards for "
-    "`trl-ext grpo`, preference losses for `trl-ext dpo` and `trl-ext kto`, and `trl-ext ppo`. `trl-ext grpo --help` "
-    "explains them."
+    "`trl-ext grpo`, preference losses for `trl-ext dpo` and `trl-ext kto`, and the commands `trl-ext ppo`, "
+    "`trl-ext label-steps` and `trl-ext prm`. `trl-ext grpo --help` explains them."
 )
-COMMANDS = ("ppo", "label-steps")  # that TRL does not have; their scripts are in `trl_ext.scripts`
+COMMANDS = ("ppo", "prm", "label-steps")  # that TRL does not have; their scripts are in `trl_ext.scripts`
 
 
 def main(argv: list[str] | None = None) -> int:

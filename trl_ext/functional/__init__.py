@@ -1,8 +1,8 @@
 """
 The mathematics: functions of tensors that know torch and nothing else.
 
-Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`. Everything public can be
-imported from here.
+Tables: `ADVANTAGE_ESTIMATORS`, `KL_ESTIMATORS`, `PREFERENCE_LOSSES`, `STEP_LABELS`, `STEP_OBJECTIVES`. Everything
+public can be imported from here.
 """
 
 from . import preference
@@ -15,19 +15,30 @@ from .advantages import (
     length_weighted,
     process_group_relative,
 )
+from .attempts import best_of_group, gpg, pass_at_k
+from .halves import centred_token_rewards, token_rewards
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
 from .process_rewards import implicit_reward_loss, step_advantages
 from .reductions import SATURATION, aggregated, is_constant, reward_to_go, weighted_mean, weighted_std, whiten
 from .rewards import RewardBatch, reward_at_end, reward_at_steps
 from .step_labels import STEP_LABELS, first_error, hard_label, rollouts_for, search_together, soft_label
+from .step_objectives import (
+    STEP_OBJECTIVES,
+    StepObjective,
+    classification_metrics,
+    classification_sums,
+    regression_metrics,
+    regression_sums,
+    squared_error,
+    step_cross_entropy,
+)
 from .token_advantages import (
-    centred_token_rewards,
     prime,
     reinforce,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
-    token_rewards,
+    remax,
 )
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
@@ -38,12 +49,18 @@ __all__ = [
     "RewardBatch",
     "SATURATION",
     "STEP_LABELS",
+    "STEP_OBJECTIVES",
+    "StepObjective",
     "aggregated",
+    "best_of_group",
     "centred_token_rewards",
+    "classification_metrics",
+    "classification_sums",
     "clipped_value_loss",
     "explained_variance",
     "first_error",
     "gae",
+    "gpg",
     "group_mean",
     "group_relative",
     "hard_label",
@@ -60,18 +77,24 @@ __all__ = [
     "leave_one_out",
     "length_weighted",
     "next_beta",
+    "pass_at_k",
     "prime",
     "process_group_relative",
+    "regression_metrics",
+    "regression_sums",
     "reinforce",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "remax",
     "reward_at_end",
     "reward_at_steps",
     "reward_to_go",
     "rollouts_for",
     "search_together",
     "soft_label",
+    "squared_error",
     "step_advantages",
+    "step_cross_entropy",
     "token_rewards",
     "weighted_mean",
     "weighted_std",

@@ -11,25 +11,27 @@ sum of the token rewards of row \\(i\\), \\(\bar S_g\\) its mean over the scorab
 """
 
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from .attempts import best_of_group, gpg, pass_at_k
+from .estimator import Estimator as Estimator
+from .halves import centred_token_rewards, token_rewards
 from .process_rewards import step_advantages
 from .reductions import is_constant
 from .rewards import RewardBatch
 from .token_advantages import (
     KL_NOISE,
     above_the_group,
-    centred_token_rewards,
+    baseline_metrics,
     left_out_to_go,
     prime,
     reinforce,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
+    remax,
     rewards_to_go,
-    token_rewards,
 )
 from .values import advantage_std, gae, value_metrics
 
@@ -188,58 +190,6 @@ def _share_of_steps(batch: RewardBatch, advantages: torch.Tensor, **options: Any
     return {"process/advantage_share": (sizes[0] / (sizes[0] + sizes[1])).item()}
 
 
-class Estimator(NamedTuple):
-    """
-    One row of `ADVANTAGE_ESTIMATORS`: every fact about a method.
-
-    Args:
-        function (`Callable`):
-            Function of a [`RewardBatch`] and options given by name.
-        per_token (`bool`, *optional*, defaults to `False`):
-            Whether it returns `(N, T)`, else `(N,)`. `None`: either, as its shape tells.
-        siblings (`bool`, *optional*, defaults to `False`):
-            Whether it compares completions of a prompt, and needs `num_generations` ≥ 2.
-        steps (`str`, *optional*, defaults to `"refused"`):
-            Step rewards: `"refused"`, `"added"` to the token rewards, or `"needed"`.
-        baseline (`bool`, *optional*, defaults to `False`):
-            Whether it needs the reward of a greedy answer.
-        values (`bool`, *optional*, defaults to `False`):
-            Whether it needs a critic.
-        on_policy (`bool`, *optional*, defaults to `False`):
-            Whether it is derived for completions of the very policy that learns.
-        kl_placement (`str`, *optional*):
-            Where its paper puts the KL, `"loss"` or `"reward"`.
-        std (`Callable`, *optional*):
-            What it divides by, a function of the same arguments: turns β into `kl/effective_beta`.
-        metrics (`Callable`, *optional*):
-            Function of batch, advantages and options: further numbers to log.
-        within (`Callable`, *optional*):
-            For a trainer that sees one prompt at a time: what is computed of its completions. The function itself, if
-            nothing crosses prompts; else a function of the batch to token rewards, `(N, T)`, NaN in rows that take no
-            part. `None`: not available there.
-        across (`str`, *optional*):
-            Entry whose function is then applied to these token rewards, with the options and `num_generations=1`, over
-            all rows of an optimizer step. `None`: nothing crosses prompts.
-        method, paper (`str`, *optional*):
-            Its name in a model card, and key in `trl_ext.papers.PAPERS`. Empty: those of TRL's trainer.
-    """
-
-    function: Callable[..., torch.Tensor]
-    per_token: bool | None = False
-    siblings: bool = False
-    steps: str = "refused"
-    baseline: bool = False
-    values: bool = False
-    on_policy: bool = False
-    kl_placement: str | None = None
-    std: Callable[..., torch.Tensor] | None = None
-    metrics: Callable[..., dict[str, float]] | None = None
-    within: Callable[..., torch.Tensor] | None = None
-    across: str | None = None
-    method: str = ""
-    paper: str = ""
-
-
 ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
     "group_relative": Estimator(group_relative, siblings=True, within=group_relative),
     "group_mean": Estimator(
@@ -264,6 +214,22 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         method="GRPO with a length-weighted baseline (OPO)",
         paper="opo",
     ),
+    "pass_at_k": Estimator(
+        pass_at_k,
+        siblings=True,
+        completions=lambda k=2, **_: k + 1,
+        within=pass_at_k,
+        method="GRPO with the best of k attempts (Pass@k training)",
+        paper="pass_at_k",
+    ),
+    "best_of_group": Estimator(
+        best_of_group,
+        siblings=True,
+        within=best_of_group,
+        method="GRPO with the best completion of a group",
+        paper="best_of_group",
+    ),
+    "gpg": Estimator(gpg, siblings=True, on_policy=True, method="GPG", paper="gpg"),
     "reinforce": Estimator(
         reinforce,
         per_token=True,
@@ -272,6 +238,16 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         across="reinforce",
         method="REINFORCE",
         paper="reinforce",
+    ),
+    "remax": Estimator(
+        remax,
+        per_token=True,
+        steps="added",
+        baseline=True,
+        kl_placement="reward",
+        metrics=baseline_metrics,
+        method="ReMax",
+        paper="remax",
     ),
     "reinforce_plus_plus": Estimator(
         reinforce_plus_plus,

@@ -1,5 +1,5 @@
 r"""
-Advantages from rewards-to-go, one per token: REINFORCE and REINFORCE++. Symbols as in `functional.advantages`.
+Advantages from rewards-to-go, one per token: REINFORCE, ReMax and REINFORCE++. Symbols as in `functional.advantages`.
 """
 
 import warnings
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .reductions import is_constant, reward_to_go, weighted_mean, weighted_std
-from .rewards import RewardBatch, reward_at_end
+from .rewards import RewardBatch
 
 KL_NOISE = (
     "All outcome rewards {} are equal while the KL is in the reward; advantages are centred but not scaled, because "
@@ -36,6 +36,72 @@ def reinforce(batch: RewardBatch, *, gamma: float = 1.0, discount: str = "traina
         `torch.Tensor` of shape `(N, T)`: Advantages, in the unit of the reward.
     """
     return reward_to_go(batch.rewards, batch.trainable, gamma, discount).to(batch.outcome.dtype)
+
+
+def remax(batch: RewardBatch) -> torch.Tensor:
+    r"""
+    Reward-to-go minus the return of the greedy answer to the prompt (ReMax).
+
+    $$ A_{i,t} = m_{i,t}\,\big(G_{i,t} - b(x_i)\big) $$
+
+    Li et al., 2023, Algorithm 1 (https://huggingface.co/papers/2310.10505), without discount. The baseline
+    \\(b(x)\\) is fixed by prompt and policy, so that the expected policy gradient is the true one, for any number of
+    completions per prompt, and with a KL in the reward too: that of the tokens to come, where the authors' code takes
+    that of the token alone; \\(b\\) has none. With step rewards \\(b\\) is the whole return of the greedy answer:
+    unbiased too, but a poor baseline for late tokens, whose rewards-to-go lack the earlier steps.
+
+    Args:
+        batch ([`RewardBatch`]):
+            Rewards, and `baseline`, the return of the greedy answer; NaN where it was not scored, then the row gets 0.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`: Advantages, in the unit of the reward.
+
+    Raises:
+        `ValueError`: If there is no `baseline`.
+
+    Example:
+
+    >>> outcome, ones = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.ones(2, 2)
+    >>> remax(RewardBatch(outcome, ones.bool(), ones, 2, baseline=torch.tensor([0.25, 0.25])))
+    tensor([[ 0.7500,  0.7500],
+            [-0.2500, -0.2500]])
+    """
+    learns, baseline = _above_greedy(batch)
+    advantages = reward_to_go(batch.rewards, learns) - baseline[:, None]
+    return advantages.where(learns, 0.0).to(batch.outcome.dtype)
+
+
+def _above_greedy(batch: RewardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens that can be compared with a greedy answer, `(N, T)`, bool, and the baseline, float64, 0 where unknown."""
+    if batch.baseline is None:
+        raise ValueError("remax needs the returns of greedy answers; set baseline of the batch.")
+    return batch.trainable & ~batch.baseline.isnan()[:, None], batch.baseline.double().nan_to_num()
+
+
+def baseline_metrics(batch: RewardBatch, advantages: torch.Tensor) -> dict[str, float]:
+    """
+    What is logged of the greedy answers of a generation batch; NaN where there is nothing to measure.
+
+    Args:
+        batch ([`RewardBatch`]):
+            Rewards, and `baseline`.
+        advantages (`torch.Tensor` of shape `(N, T)`):
+            Those of [`remax`].
+
+    Returns:
+        `dict[str, float]`: `remax/baseline`, mean return of the greedy answers; `remax/frac_baseline_unscored`, the
+        share of the prompts whose answer was not scored; `remax/advantage_positive`, the share of the completions
+        that are better than it, the KL in the reward subtracted.
+    """
+    learns, baseline = _above_greedy(batch)
+    known, compared = ~batch.baseline.isnan(), learns.any(1)  # type: ignore[union-attr]
+    of_first = advantages.gather(1, learns.long().argmax(1, keepdim=True))[:, 0]
+    return {
+        "remax/baseline": baseline[known].mean().item(),
+        "remax/frac_baseline_unscored": (~known).double().mean().item(),
+        "remax/advantage_positive": (of_first[compared] > 0).double().mean().item(),
+    }
 
 
 class Spread(NamedTuple):
@@ -279,51 +345,3 @@ def prime(
     """
     spread = left_out_to_go(batch, process_weight=process_weight, outcome_weight=outcome_weight, norm=norm)
     return spread.normalised(batch.outcome.dtype)
-
-
-# The half within a prompt, for a trainer that sees one prompt at a time; the other half is a row of the table.
-
-
-def token_rewards(batch: RewardBatch) -> torch.Tensor:
-    r"""
-    Token rewards, without the KL: the half of [`reinforce`] and [`reinforce_plus_plus`] within a prompt.
-
-    Args:
-        batch ([`RewardBatch`]):
-            Rewards of the completions of one prompt, or of several.
-
-    Returns:
-        `torch.Tensor` of shape `(N, T)`, float64: In the unit of the reward; NaN in rows that take no part.
-
-    Example:
-
-    >>> outcome, scored = reward_at_end(torch.tensor([1.0, torch.nan]), torch.ones(2, 2))
-    >>> token_rewards(RewardBatch(outcome, scored, torch.ones(2, 2), num_generations=2))
-    tensor([[0., 1.],
-            [nan, nan]], dtype=torch.float64)
-    """
-    return batch.without_kl.masked_fill(~batch.scorable[:, None], torch.nan)
-
-
-def centred_token_rewards(batch: RewardBatch) -> torch.Tensor:
-    r"""
-    Token rewards, without the KL, the group's mean outcome taken off the last trainable token: the half of
-    [`reinforce_plus_plus_baseline`] within a prompt. Their reward-to-go is \\(G_{i,t} - b_g\\).
-
-    Args:
-        batch ([`RewardBatch`]):
-            Rewards of the completions of one prompt, or of several.
-
-    Returns:
-        `torch.Tensor` of shape `(N, T)`, float64: In the unit of the reward; NaN in rows without scorable sibling.
-
-    Example:
-
-    >>> outcome, scored = reward_at_end(torch.tensor([1.0, 0.0]), torch.ones(2, 2))
-    >>> centred_token_rewards(RewardBatch(outcome, scored, torch.ones(2, 2), num_generations=2))
-    tensor([[ 0.0000,  0.5000],
-            [ 0.0000, -0.5000]], dtype=torch.float64)
-    """
-    baseline, compared = _group_baseline(batch)
-    at_end, _ = reward_at_end(baseline, batch.mask)
-    return (batch.without_kl - at_end).masked_fill(~compared[:, None], torch.nan)

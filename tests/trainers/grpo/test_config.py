@@ -8,8 +8,8 @@ import pytest
 from trl_ext.trainers.grpo import GRPOConfig
 
 NAMES = (
-    "['gae', 'group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'process_group_relative', "
-    "'reinforce', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline']"
+    "['best_of_group', 'gae', 'gpg', 'group_mean', 'group_relative', 'leave_one_out', 'length_weighted', 'pass_at_k', "
+    "'prime', 'process_group_relative', 'reinforce', 'reinforce_plus_plus', 'reinforce_plus_plus_baseline', 'remax']"
 )
 
 
@@ -55,6 +55,18 @@ def clipped_mean(batch, *, limit=1.0):
             "advantage_kwargs has no 'gamma' for 'leave_one_out'; it takes [].",
         ),
         (
+            {"advantage_estimator": "pass_at_k", "advantage_kwargs": {"k": 8}},
+            "advantage_estimator='pass_at_k' with advantage_kwargs={'k': 8} needs num_generations >= 9, got 8.",
+        ),
+        (
+            {"advantage_estimator": "pass_at_k", "num_generations": 2},
+            "advantage_estimator='pass_at_k' with advantage_kwargs=None needs num_generations >= 3, got 2.",
+        ),
+        (
+            {"advantage_estimator": "pass_at_k", "advantage_kwargs": {"k": 0}},
+            "k must be a whole number >= 1, got 0.",
+        ),
+        (
             {"advantage_estimator": "reinforce_plus_plus", "advantage_kwargs": {"kl_penalty": 1}},
             "advantage_kwargs has no 'kl_penalty' for 'reinforce_plus_plus'; it takes ['correction', 'discount', "
             "'gamma', 'norm', 'weighting'].",
@@ -92,7 +104,7 @@ def clipped_mean(batch, *, limit=1.0):
         (
             {"advantage_estimator": "leave_one_out", "num_generations": 1},
             "advantage_estimator='leave_one_out' compares completions of one prompt and needs num_generations >= 2, "
-            "got 1. These accept 1: 'reinforce', 'reinforce_plus_plus'.",
+            "got 1. These accept 1: 'reinforce', 'remax', 'reinforce_plus_plus'.",
         ),
         ({"num_generations": 1}, "GRPO requires at least 2 generations per prompt"),  # TRL's own
         (
@@ -183,11 +195,13 @@ def clipped_mean(batch, *, limit=1.0):
         ({"step_separator": "."}, "step_separator is read only with advantage_estimator; set that too, or remove it."),
         (
             {"process_weight": 0.5},
-            "process_weight is read only with an advantage_estimator that takes it: 'process_group_relative'.",
+            "process_weight is read only with an advantage_estimator that takes it: 'process_group_relative', "
+            "'prime'.",
         ),
         (
             {"advantage_estimator": "group_mean", "outcome_weight": 0},
-            "outcome_weight is read only with an advantage_estimator that takes it: 'process_group_relative'.",
+            "outcome_weight is read only with an advantage_estimator that takes it: 'process_group_relative', "
+            "'prime'.",
         ),
         (
             {"advantage_estimator": "process_group_relative", "outcome_weight": None},

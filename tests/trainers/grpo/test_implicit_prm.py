@@ -252,6 +252,10 @@ def test_without_its_optimizer_it_starts_anew_and_says_so(make, tmp_path):
             "implicit_prm gives one reward per token, which advantage_estimator='group_relative' cannot use. Use",
         ),
         ({"advantage_estimator": None}, "implicit_prm gives one reward per token, which advantage_estimator=None"),
+        (
+            {"advantage_estimator": "remax"},
+            "implicit_prm gives one reward per token, which advantage_estimator='remax'",
+        ),
         ({"fsdp": "full_shard"}, "implicit_prm trains a second adapter, which is not available with FSDP. Use DDP"),
     ],
 )

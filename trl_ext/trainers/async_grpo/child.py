@@ -23,8 +23,8 @@ from ...lookup import import_path
 from ..grpo.checks import names_of
 from ..grpo.metrics import frac_groups_zero_std, step_metrics
 from ..grpo.reward_calls import RewardCalls
-from ..grpo.scoring import NOTHING_TO_CLIP, SINGLE_STEPS, checked_advantages, weighted_returns, weighted_steps
 from ..grpo.steps import StepCuts, segment
+from ..grpo.weighted import NOTHING_TO_CLIP, SINGLE_STEPS, checked_advantages, weighted_returns, weighted_steps
 from ..input_checks import warn_user
 from .checks import row_in_halves
 

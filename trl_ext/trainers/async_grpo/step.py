@@ -9,7 +9,7 @@ import torch
 from ...functional.advantages import ADVANTAGE_ESTIMATORS, Estimator
 from ...functional.rewards import RewardBatch
 from ..foreign import Options
-from ..grpo.scoring import options_of
+from ..grpo.weighted import options_of
 from ..input_checks import warn_user
 from .checks import row_in_halves
 from .child import ScoringOptions

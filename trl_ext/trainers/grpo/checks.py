@@ -12,7 +12,7 @@ from ...functional.advantages import ADVANTAGE_ESTIMATORS, Estimator
 from ...functional.rewards import RewardBatch
 from ...lookup import import_path, lookup
 from ...rewards import ProcessRewardModel
-from ...rewards.process_reward_model import refuse_escapes
+from ...rewards.step_format import refuse_escapes
 from ..input_checks import column_names, datasets_of, quoted, require_columns, require_texts, warn_user
 from .reward_calls import STEP_COLUMNS
 
@@ -98,6 +98,12 @@ def check_estimator(options: Any) -> Estimator | None:
     if row.values and not options._makes_critic:
         raise ValueError(NEEDS_CRITIC.format(name))
     _check_estimator_options(name, row, options)
+    needed = row.completions(**(options.advantage_kwargs or {})) if row.completions is not None else 1
+    if options.num_generations < needed:
+        raise ValueError(
+            f"advantage_estimator={name!r} with advantage_kwargs={options.advantage_kwargs} needs num_generations >= "
+            f"{needed}, got {options.num_generations}."
+        )
     _check_clip_range(options.reward_clip_range)
     if row.on_policy and options._rollouts_reused:
         warn_user(f"{name!r} is derived for exactly on-policy updates; rollouts are reused here.")
@@ -223,6 +229,19 @@ def check_steps(options: Any) -> None:
 def makes_own_prompts(given: dict[str, Any]) -> bool:
     """A rollout_func or environment may use other prompts, so the prompt column is not checked."""
     return given.get("environment_factory") is not None or given.get("rollout_func") is not None
+
+
+def check_given(given: dict[str, Any], options: Any) -> None:
+    """Refuses arguments of the trainer that its options cannot work with."""
+    name = options.advantage_estimator
+    if name is not None and estimator_row(name).baseline:
+        for argument in ("environment_factory", "rollout_func"):
+            if given.get(argument) is not None:
+                raise ValueError(
+                    f"advantage_estimator={name!r} generates a greedy answer of its own, which {argument} does not "
+                    f"offer. Use {names_of(lambda row: not (row.siblings or row.baseline or row.values))}."
+                )
+    check_data(given, options)
 
 
 def check_data(given: dict[str, Any], options: Any, tokenizer: Any = None) -> None:

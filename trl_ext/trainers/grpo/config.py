@@ -13,6 +13,7 @@ from .checks import check_advantages, check_num_generations, check_steps, check_
 from .implicit_prm import check_implicit_prm
 from .kl_checks import check_kl
 from .packed_steps import check_packed_steps
+from .policy_kl import check_policy_kl
 
 
 class _AcceptedAsOne(int):
@@ -54,6 +55,9 @@ class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
         kl_target_unit (`str`, *optional*):
             Unit of `kl_target`: `"token"` (if unset), mean per trainable token, or `"sequence"`, mean of the
             completions' sums.
+        policy_kl_stop (`float`, *optional*):
+            KL(old‖new) in nats per token, measured in each optimizer step of a generation batch, above which that step
+            and the rest of the batch's are skipped: a trust region for rollouts that are reused. `None`: no bound.
         step_separator (`str`, *optional*, defaults to `"\n"`):
             Text that ends a step. With `advantage_estimator`, reward functions that have `completion_steps` or
             `completion_step_ends` among their parameters are given the steps, or the index of the last token of each.
@@ -96,6 +100,13 @@ class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
 
     _VALID_DICT_FIELDS = [*_GRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model", "implicit_prm"]
 
+    policy_kl_stop: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL(old||new) in nats per token above which the rest of the updates of a generation batch is "
+            "skipped. Default: no bound."
+        },
+    )
     implicit_prm: dict | str | None = field(
         default=None,
         metadata={
@@ -150,6 +161,7 @@ class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
         check_steps(options)
         check_implicit_prm(options)
         check_packed_steps(options, kl_in_loss=self.beta != 0.0 and kl_choice(options)[0] != "reward")
+        check_policy_kl(options)
         check_reference(options)
         callback_classes(options.callback_paths)
 

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 from trl.trainer.utils import use_adapter
 
+from ...functional.advantages import Estimator
 from ...functional.process_rewards import implicit_reward_loss
 from ..foreign import Options
 from ..input_checks import warn_user
@@ -58,16 +59,21 @@ class ImplicitPRMOptions:
         return options
 
 
+def _takes_dense_rewards(row: Estimator) -> bool:
+    """A greedy answer has none, so that it would be no baseline for them."""
+    return row.steps != "refused" and not row.baseline
+
+
 def check_implicit_prm(options: Any) -> None:
     """Refuses what cannot be honoured, before a model loads. `options`: a config seen through `Options`."""
     if options.implicit_prm is None:
         return
     ImplicitPRMOptions.of(options.implicit_prm)
     name = options.advantage_estimator
-    if name is None or estimator_row(name).steps == "refused":
+    if name is None or not _takes_dense_rewards(estimator_row(name)):
         raise ValueError(
             f"implicit_prm gives one reward per token, which advantage_estimator={name!r} cannot use. Use "
-            f"{names_of(lambda row: row.steps != 'refused' and not row.values)}; its paper uses 'prime'."
+            f"{names_of(lambda row: _takes_dense_rewards(row) and not row.values)}; its paper uses 'prime'."
         )
     if options._makes_critic:
         raise ValueError("implicit_prm is not available with a critic. Use trl_ext.GRPOConfig.")

@@ -254,4 +254,5 @@ def with_process_reward_model(arguments: dict[str, Any], options: Any) -> dict[s
     classes = arguments.get("reward_processing_classes")
     if classes is not None:
         classes = [*classes, None] if isinstance(classes, list) else [classes, None]
+    arguments = {name: value for name, value in arguments.items() if name != "self"}
     return {**arguments, "reward_funcs": functions, "reward_processing_classes": classes}

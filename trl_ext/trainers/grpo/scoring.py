@@ -4,20 +4,29 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from ...functional.advantages import Estimator
-from ...functional.rewards import RewardBatch, reward_at_end, reward_at_steps
+from ...functional.rewards import RewardBatch, reward_at_end
 from ...lookup import import_path
 from ...upstream import UpstreamChanged
 from ..foreign import Options, overriding_class, watching
 from ..input_checks import warn_user
-from .checks import FIELDS_OF_ESTIMATORS, NEEDS_CRITIC, estimator_row, names_of, refuse_per_token, takes
+from .checks import NEEDS_CRITIC, estimator_row, names_of, refuse_per_token
+from .greedy import Answers, GreedyBaseline
 from .metrics import advantage_metrics, step_metrics
 from .reward_calls import RewardCalls
 from .steps import StepCuts
+from .weighted import (
+    NOTHING_TO_CLIP,
+    SINGLE_STEPS,
+    checked_advantages,
+    options_of,
+    weighted_returns,
+    weighted_steps,
+)
 
 
 @dataclass
@@ -29,6 +38,7 @@ class Rollout:
     process: list[int] = field(default_factory=list)  # indices of the functions that returned step rewards
     rewards_per_func: torch.Tensor | None = None  # (N, functions), all processes; NaN for process functions
     step_ends: torch.Tensor | None = None  # (N, T), all processes, where a step ends; None without step rewards
+    answers: Answers | None = None  # greedy ones, of all processes; None where the estimator needs none
     batch: RewardBatch | None = None  # of all processes
 
 
@@ -56,6 +66,10 @@ class Scoring:
         self._kwargs = options_of(self.row, options)
         path = options.step_ends_function
         self._step_options = options.step_separator, import_path(path) if path else None
+        self._baseline: GreedyBaseline | None = None
+        if self.row.baseline:
+            option = f"advantage_estimator={self.name!r}, whose baseline is a greedy answer,"
+            self._baseline = GreedyBaseline(trainer, base, option)
         self._warned = False
         self._shown: set[int] = set()  # functions whose step rewards are in the completions table
 
@@ -71,9 +85,13 @@ class Scoring:
             return result
 
         def calculated(theirs: Callable, inputs: Any, prompts: Any, completions: Any, ids: list[list[int]]) -> Any:
-            with self._wrapped_functions(rollout, ids):
-                rewards_per_func = theirs(inputs, prompts, completions, ids)
-            self._keep(rollout, rewards_per_func)
+            if self._baseline is not None:  # first, so that whatever a class remembers is about the samples
+                sampled_mask = rollout.tool_mask
+                scored = partial(self._returns_of_answers, theirs)
+                rollout.answers = self._baseline.answers(inputs, prompts, scored)
+                rollout.tool_mask = sampled_mask
+            rewards_per_func = self._scored(rollout, theirs, inputs, prompts, completions, ids)
+            self._show_steps(rollout)
             return rewards_per_func
 
         with (
@@ -81,6 +99,27 @@ class Scoring:
             watching(self.trainer, "_calculate_rewards", calculated),
         ):
             yield
+
+    def _scored(self, rollout: Rollout, theirs: Callable, *args: Any) -> torch.Tensor:
+        """What TRL's method returns, called with functions that are given the steps, and kept in `rollout`."""
+        with self._wrapped_functions(rollout, args[-1]):
+            rewards_per_func = theirs(*args)
+        self._keep(rollout, rewards_per_func)
+        return rewards_per_func
+
+    def _returns_of_answers(self, theirs: Callable, inputs: list, prompts: list, generated: tuple) -> torch.Tensor:
+        """Sum of all rewards of each answer of all processes, `(N,)` float64, NaN where no function scored it."""
+        ids, tool_mask, completions = generated[1], generated[2], generated[3]
+        if len(ids) != len(prompts):
+            raise self._changed("_generate", f"returns {len(ids)} completions for {len(prompts)} prompts")
+        rollout = Rollout(tool_mask)
+        self._scored(rollout, theirs, inputs, prompts, completions, ids)
+        assert rollout.rewards_per_func is not None
+        mask = torch.ones(len(ids), max(map(len, ids)), device=self.trainer.accelerator.device)
+        returns, (steps, scored) = self.returns(rollout), self._steps(rollout, mask)
+        if steps is None or scored is None:
+            return returns
+        return (returns.nan_to_num() + steps.sum(1)).masked_fill(returns.isnan() & ~scored.any(1), torch.nan)
 
     @contextmanager
     def _wrapped_functions(self, rollout: Rollout, completion_ids: list[list[int]]) -> Iterator[None]:
@@ -100,7 +139,7 @@ class Scoring:
             trainer.reward_funcs = functions
 
     def _keep(self, rollout: Rollout, rewards_per_func: torch.Tensor) -> None:
-        """What TRL gathered, less the functions that reward steps; their steps go into the completions table."""
+        """What TRL gathered, less the functions that reward steps."""
         calls, names = rollout.calls, self.trainer.reward_func_names
         assert calls is not None
         rollout.process = calls.agree()
@@ -112,11 +151,16 @@ class Scoring:
             )
         if rollout.process:
             self._refuse_changed_means(rollout, rewards_per_func)
-        self._shown |= {*rollout.process}
-        for index in sorted(self._shown):  # also in a batch without any, or the table would show those of the last one
-            self.trainer._log_completion_extra(f"{names[index]}/steps", calls.steps_of(index))
         rollout.rewards_per_func = rewards_per_func.clone()
         rollout.rewards_per_func[:, rollout.process] = torch.nan
+
+    def _show_steps(self, rollout: Rollout) -> None:
+        """Step rewards go into the completions table."""
+        assert rollout.calls is not None
+        self._shown |= {*rollout.process}
+        for index in sorted(self._shown):  # also in a batch without any, or the table would show those of the last one
+            name = self.trainer.reward_func_names[index]
+            self.trainer._log_completion_extra(f"{name}/steps", rollout.calls.steps_of(index))
 
     def _refuse_changed_means(self, rollout: Rollout, rewards_per_func: torch.Tensor) -> None:
         """A subclass that changes the number of a process function would change nothing: its steps are used."""
@@ -170,6 +214,10 @@ class Scoring:
         mask = self.gathered(local_mask)
         outcome, scored = reward_at_end(self.returns(rollout), mask)
         steps, steps_scored = self._steps(rollout, local_mask)
+        if rollout.step_ends is not None:
+            self._warn_of_single_steps(rollout.step_ends)
+        if rollout.answers is not None:
+            extras = {"baseline": rollout.answers.returns, **extras}
         if of_tokens is not None:
             steps = of_tokens.double() if steps is None else of_tokens.double() + steps
             rollout.step_ends = steps_scored = mask.bool()
@@ -191,6 +239,8 @@ class Scoring:
         found = advantage_metrics(batch, advantages, len(rollout.process) < len(self.trainer.reward_func_names))
         if rollout.step_ends is not None:
             found |= step_metrics(batch, rollout.step_ends, advantages)
+        if rollout.answers is not None:
+            found[f"{self.name}/baseline_length"] = rollout.answers.lengths.double().mean().item()
         if self.row.metrics is not None:
             found |= self.row.metrics(batch, advantages, **self._kwargs)
         if self.row.std is not None and batch.kl_penalty is not None:
@@ -235,7 +285,6 @@ class Scoring:
         rewards = self.gathered(rewards.to(device, torch.float32 if device.type == "mps" else torch.float64))
         # As numbers: padding on some of the processes only would make a bool another type there.
         rollout.step_ends = self.gathered(is_end.long().to(device)).bool()
-        self._warn_of_single_steps(rollout.step_ends)
         return rewards.double(), self.gathered(scored.long().to(device)).bool()
 
     def _warn_of_single_steps(self, step_ends: torch.Tensor) -> None:
@@ -246,73 +295,3 @@ class Scoring:
         self._warned = True
         if self.trainer.accelerator.is_main_process:
             warn_user(SINGLE_STEPS.format(len(step_ends), "a generation batch", separator))
-
-
-# What a trainer that sees other batches needs, too
-
-
-NOTHING_TO_CLIP = (
-    "reward_clip_range clips the reward of a completion, but every reward function returned step rewards. Remove it."
-)
-SINGLE_STEPS = (
-    "Each of the {} completions of {} is one step: none has step_separator={!r} between two pieces of text. Rewards "
-    "of steps are rewards of whole completions then. Set step_separator to what the policy writes between steps, or "
-    "step_ends_function."
-)
-
-
-def options_of(row: Estimator, options: Any) -> dict[str, Any]:
-    """What the function of an estimator is given by name."""
-    own = {name: getattr(options, name) for name in FIELDS_OF_ESTIMATORS if takes(row.function, name)}
-    return {**(options.advantage_kwargs or {}), **own}
-
-
-def weighted_returns(
-    rewards_per_func: torch.Tensor, weights: torch.Tensor, names: list[str], clip_range: list[float] | None
-) -> torch.Tensor:
-    """Weighted sum of the rewards of each completion, `(N,)` float64, NaN where no function scored it."""
-    rewards_per_func = rewards_per_func.cpu() if rewards_per_func.device.type == "mps" else rewards_per_func
-    infinite = rewards_per_func.isinf().nonzero()
-    if len(infinite):
-        row, column = infinite[0].tolist()
-        raise ValueError(
-            f"Reward function {names[column]!r} returned {rewards_per_func[row, column].item()} for completion {row}; "
-            "a reward is a finite number, or None for a completion that cannot be scored."
-        )
-    returns = (rewards_per_func.double() * weights.to(rewards_per_func.device, torch.float64)).nansum(1)
-    if clip_range is not None:
-        returns = returns.clamp(*clip_range)
-    return returns.masked_fill(rewards_per_func.isnan().all(1), torch.nan)
-
-
-def weighted_steps(
-    calls: RewardCalls, process: list[int], weights: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Of the completions of `calls`, `(B, width)` each: weighted sum of the rewards that the functions `process` gave to
-    steps, where there is one, and where a step ends.
-    """
-    ends = calls.cuts.ends
-    _, is_end = reward_at_steps([[0.0] * len(row) for row in ends], ends, width)
-    rewards, scored = torch.zeros(is_end.shape, dtype=torch.float64), torch.zeros_like(is_end)
-    for index in process:
-        values, found = reward_at_steps(calls.steps_of(index), ends, width)
-        rewards += weights[index].double().cpu() * values
-        scored |= found
-    return rewards, scored, is_end
-
-
-def checked_advantages(name: str, advantages: Any, batch: RewardBatch) -> torch.Tensor:
-    """What a function at a dotted path returned, 0 at untrainable tokens; raises what is wrong with it."""
-    shape = batch.outcome.shape
-    if not isinstance(advantages, torch.Tensor) or advantages.shape not in (shape, shape[:1]):
-        got = tuple(advantages.shape) if isinstance(advantages, torch.Tensor) else type(advantages).__name__
-        raise ValueError(
-            f"advantage_estimator={name!r} returned {got}; it must return a tensor of shape (N,) or (N, T), here "
-            f"{tuple(shape[:1])} or {tuple(shape)}."
-        )
-    if advantages.dim() == 2:
-        advantages = advantages.where(batch.mask.bool(), 0.0)
-    if not advantages.isfinite().all():
-        raise ValueError(f"advantage_estimator={name!r} returned a NaN or infinite advantage.")
-    return advantages

@@ -11,12 +11,14 @@ from ..foreign import Needed, Options
 from ..input_checks import require_eos
 from ..interruptions import Interruptible, add_callbacks, resumable
 from ..model_card import add_model_tag, model_card_with_options
-from .checks import check_data, kl_choice, makes_own_prompts
+from .checks import check_data, check_given, kl_choice, makes_own_prompts
 from .config import GRPOConfig as GRPOConfig
+from .greedy import Greedy
 from .implicit_prm import WithImplicitPRM, check_adapter
 from .kl import BetaController, KLPenalty
 from .metrics import kl_metrics, mean_advantages
 from .packed_steps import PackedSteps
+from .policy_kl import TrustRegion
 from .reference_steps import RefreshesReference
 from .reward_calls import with_process_reward_model
 from .scoring import Rollout, Scoring
@@ -25,7 +27,7 @@ _SCORE, _LOSS = "_generate_and_score_completions", "_compute_loss"
 _WAYS: dict[str, tuple[str, ...]] = {_SCORE: (_SCORE, "_prepare_inputs"), _LOSS: (_LOSS, "compute_loss")}
 
 
-class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Interruptible, _GRPOTrainer):
+class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Greedy, TrustRegion, Interruptible, _GRPOTrainer):
     """
     TRL's [`~trl.GRPOTrainer`] with the options of [`GRPOConfig`]. Takes the same arguments.
 
@@ -54,11 +56,9 @@ class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Interruptibl
         check_overridden(type(self))
         options = Options(given.get("args"))
         if options.process_reward_model is not None:
-            del given["self"]
             args, kwargs = (), with_process_reward_model(given, options.process_reward_model)
-        ours = options.advantage_estimator is not None or kl_choice(options)[0] is not None
-        if ours:
-            check_data(given, options)
+        if ours := options.advantage_estimator is not None or kl_choice(options)[0] is not None:
+            check_given(given, options)
             check_adapter(given, options)
         super().__init__(*args, **kwargs)
         if ours and not self.use_vllm and not makes_own_prompts(given):
@@ -95,7 +95,7 @@ class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Interruptibl
     @property
     def _is_ours(self) -> bool:  # type: ignore[override]
         """Whether training is not TRL's, bit for bit."""
-        return bool(self._scoring or self._penalty or self._shared or self._moving)
+        return any((self._scoring, self._penalty, self._policy_kl, self._shared, self._moving))
 
     @property
     def _penalty_now(self) -> KLPenalty | None:
@@ -112,6 +112,7 @@ class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Interruptibl
         if not self._is_ours:
             return super()._generate_and_score_completions(inputs)
         self._needed.has_run(_SCORE)
+        self._starts_generation_batch()
         rollout, scoring, penalty = Rollout(), self._scoring, self._penalty_now
         with ExitStack() as during:
             if scoring is not None:
@@ -128,14 +129,13 @@ class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Interruptibl
     def _replace_advantages(self, scoring: Scoring, rollout: Rollout, output: dict):
         """Puts our advantages in place of TRL's: `(B,)` or `(B, T)`, local rows; and in its table and metrics."""
         mode, mask, beta = self._mode, output["completion_mask"] * output.get("tool_mask", 1), self.beta
-        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         kl_penalty = None
         if (penalty := self._penalty_now) is not None and penalty.in_reward:
             per_token_kl, sums = penalty.of_sampler(output, mask)
             kl_penalty = beta * scoring.gathered(per_token_kl)
             self._observe_kl(sums, end_of_step=True)
         extras = self._extras(rollout, output, mask)
-        batch = scoring.batch(rollout, mask, num_generations, kl_penalty=kl_penalty, **extras)
+        batch = scoring.batch(rollout, mask, self._group_size, kl_penalty=kl_penalty, **extras)
         advantages = scoring.advantages(batch)
         output["advantages"] = scoring.local(advantages, output)
         if advantages.dim() == 2:
