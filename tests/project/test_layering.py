@@ -13,7 +13,7 @@ HEAVY = {"trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes"
 LAYERS = [
     {"functional"},
     {"citations", "lookup", "upstream"},
-    {"papers"},
+    {"papers", "upstream_async"},
     {"rewards", "packed"},
     {"trainers"},
     {"labels"},
@@ -23,8 +23,8 @@ LAYERS = [
     {"cli", "__main__"},
     {"__init__"},
 ]
-SEES_TRL = {"upstream", "rewards", "packed", "trainers", "labels", "rejection_sampling", "registration", "scripts"}
-SEES_TRL |= {"cli", "__main__"}
+SEES_TRL = {"rewards", "packed", "trainers", "labels", "rejection_sampling", "registration", "scripts", "cli"}
+SEES_TRL |= {"__main__", "upstream", "upstream_async"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -100,12 +100,12 @@ def _env(argv: list[str]) -> int:
     if not args.check:
         return 0
 
-    from ..upstream import CHECKS
+    from .. import upstream, upstream_async
 
     print("Parts of TRL that trl_ext depends on:\n")
     failed = 0
     warnings.simplefilter("ignore")  # TRL's remarks on the tiny run of the check
-    for name, check in CHECKS.items():
+    for name, check in {**upstream.CHECKS, **upstream_async.CHECKS}.items():
         try:
             check()
             print(f"- {name}: ok")

@@ -16,6 +16,7 @@ from .advantages import (
     process_group_relative,
 )
 from .attempts import best_of_group, gpg, pass_at_k
+from .halves import centred_token_rewards, token_rewards
 from .kl import KL_ESTIMATORS, k1, k2, k3, kl_in_loss, kl_of_completions, later_kl, next_beta
 from .preference import *  # noqa: F403
 from .process_rewards import implicit_reward_loss, step_advantages
@@ -33,7 +34,13 @@ from .step_objectives import (
     squared_error,
     step_cross_entropy,
 )
-from .token_advantages import prime, reinforce, reinforce_plus_plus, reinforce_plus_plus_baseline, remax
+from .token_advantages import (
+    prime,
+    reinforce,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    remax,
+)
 from .values import clipped_value_loss, explained_variance, gae, lambda_advantages, lambda_returns
 
 __all__ = [
@@ -50,6 +57,7 @@ __all__ = [
     "aggregated",
     "best_of_group",
     "best_of_n",
+    "centred_token_rewards",
     "classification_metrics",
     "classification_sums",
     "clipped_value_loss",
@@ -93,6 +101,7 @@ __all__ = [
     "squared_error",
     "step_advantages",
     "step_cross_entropy",
+    "token_rewards",
     "weighted_mean",
     "weighted_std",
     "weighted_vote",
