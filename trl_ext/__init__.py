@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
+    "AsyncGRPOConfig": "trl_ext.trainers.async_grpo",
+    "AsyncGRPOTrainer": "trl_ext.trainers.async_grpo",
     "DPOConfig": "trl_ext.trainers.dpo",
     "DPOTrainer": "trl_ext.trainers.dpo",
     "GRPOConfig": "trl_ext.trainers.grpo",
@@ -25,6 +27,8 @@ _PUBLIC = {
     "unregister": "trl_ext.registration",
 }
 __all__ = [
+    "AsyncGRPOConfig",
+    "AsyncGRPOTrainer",
     "DPOConfig",
     "DPOTrainer",
     "GRPOConfig",
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
     from .registration import register as register
     from .registration import unregister as unregister
     from .rewards import ProcessRewardModel as ProcessRewardModel
+    from .trainers.async_grpo import AsyncGRPOConfig as AsyncGRPOConfig
+    from .trainers.async_grpo import AsyncGRPOTrainer as AsyncGRPOTrainer
     from .trainers.dpo import DPOConfig as DPOConfig
     from .trainers.dpo import DPOTrainer as DPOTrainer
     from .trainers.grpo import GRPOConfig as GRPOConfig

@@ -1,48 +1,6 @@
 """The papers that the package implements: what docstrings link, docs/papers.md lists and model cards cite."""
 
-from typing import Any, NamedTuple
-
-
-class Paper(NamedTuple):
-    """
-    A paper, or a note, with the data of its citation.
-
-    Args:
-        cite (`str`):
-            Key of its BibTeX entry.
-        title (`str`):
-            Title.
-        authors (`str`):
-            Names, joined by "and" as BibTeX wants it.
-        year (`int`):
-            Year of the first version.
-        arxiv (`str`, *optional*):
-            Identifier there, such as `"2402.03300"`.
-        source (`dict[str, str]`, *optional*):
-            Where it appeared, if not on arXiv: further entries of its BibTeX, among them `doi` or `url`.
-    """
-
-    cite: str
-    title: str
-    authors: str
-    year: int
-    arxiv: str | None = None
-    source: dict[str, str] = {}
-
-    @property
-    def url(self) -> str:
-        """The link that docstrings and docs give."""
-        if self.arxiv is not None:
-            return f"https://huggingface.co/papers/{self.arxiv}"
-        return f"https://doi.org/{self.source['doi']}" if "doi" in self.source else self.source["url"]
-
-    def for_card(self) -> dict[str, Any]:
-        """In the form of `_paper` of TRL's trainers."""
-        source = self.source if self.arxiv is None else {"eprint": f"arXiv:{self.arxiv}"}
-        entries = {"title": f"{{{self.title}}}", "author": self.authors, "year": self.year, **source}
-        lines = "".join(f"    {name:<7} = {{{value}}},\n" for name, value in entries.items())
-        return {"title": self.title, "id": self.arxiv, "citation": f"@article{{{self.cite},\n{lines}}}"}
-
+from .citations import Paper
 
 # fmt: off
 PAPERS: dict[str, Paper] = {
@@ -343,6 +301,43 @@ PAPERS: dict[str, Paper] = {
         "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models",
         "{DeepSeek-AI}",
         2025, "2512.02556",
+    ),
+    "rft": Paper(
+        "yuan2023scaling",
+        "Scaling Relationship on Learning Mathematical Reasoning with Large Language Models",
+        "Zheng Yuan and Hongyi Yuan and Chengpeng Li and Guanting Dong and Keming Lu and Chuanqi Tan and Chang Zhou "
+        "and Jingren Zhou",
+        2023,
+        "2308.01825",
+    ),
+    "self_consistency": Paper(
+        "wang2022selfconsistency",
+        "Self-Consistency Improves Chain of Thought Reasoning in Language Models",
+        "Xuezhi Wang and Jason Wei and Dale Schuurmans and Quoc Le and Ed Chi and Sharan Narang and Aakanksha "
+        "Chowdhery and Denny Zhou",
+        2022,
+        "2203.11171",
+    ),
+    "weighted_vote": Paper(
+        "li2022making",
+        "Making Large Language Models Better Reasoners with Step-Aware Verifier",
+        "Yifei Li and Zeqi Lin and Shizhuo Zhang and Qiang Fu and Bei Chen and Jian-Guang Lou and Weizhu Chen",
+        2022,
+        "2206.02336",
+    ),
+    "test_time_compute": Paper(
+        "snell2024scaling",
+        "Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model Parameters",
+        "Charlie Snell and Jaehoon Lee and Kelvin Xu and Aviral Kumar",
+        2024,
+        "2408.03314",
+    ),
+    "codex": Paper(
+        "chen2021evaluating",
+        "Evaluating Large Language Models Trained on Code",
+        "Mark Chen and Jerry Tworek and Heewoo Jun and Qiming Yuan and others",
+        2021,
+        "2107.03374",
     ),
 }
 # fmt: on

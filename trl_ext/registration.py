@@ -9,30 +9,50 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from .upstream import UpstreamChanged, check_parameters
+from .upstream import UpstreamChanged, check_parameters, trl_class
 
-# TRL's public name → our module with the subclass of that name. A new name needs this entry only.
-_NAMES = {
-    "DPOConfig": "trl_ext.trainers.dpo",
-    "DPOTrainer": "trl_ext.trainers.dpo",
-    "GRPOConfig": "trl_ext.trainers.grpo",
-    "GRPOTrainer": "trl_ext.trainers.grpo",
-    "KTOConfig": "trl_ext.trainers.kto",
-    "KTOTrainer": "trl_ext.trainers.kto",
-}
 _TESTED = (1, 16)  # the minor version of TRL that the tests run with, as in constraints.txt
 _LAZY_MODULES = ("trl", "trl.trainer")  # both offer the public names, and each keeps those that were asked for
+
+
+class _Place(NamedTuple):
+    """Of one public name of TRL's: our module with the subclass, TRL's that defines it, and those that offer it."""
+
+    ours: str
+    home: str
+    offered: tuple[str, ...]  # the lazy modules, or a package that imports the name when it is imported
+
+
+def _core(method: str, ours: str) -> dict[str, _Place]:
+    """Config and trainer of a method in `trl.trainer`."""
+    home = f"trl.trainer.{method.lower()}"
+    return {f"{method}{kind}": _Place(ours, f"{home}_{kind.lower()}", _LAZY_MODULES) for kind in ("Config", "Trainer")}
+
+
+def _experimental(method: str, package: str, ours: str) -> dict[str, _Place]:
+    """Config and trainer of a method in a package of `trl.experimental`, whose modules have the package's name."""
+    package, home = f"trl.experimental.{package}", f"trl.experimental.{package}.{package}"
+    return {f"{method}{kind}": _Place(ours, f"{home}_{kind.lower()}", (package,)) for kind in ("Config", "Trainer")}
+
+
+# TRL's public name → where it is. A new method needs one line.
+_NAMES: dict[str, _Place] = {
+    **_core("DPO", "trl_ext.trainers.dpo"),
+    **_core("GRPO", "trl_ext.trainers.grpo"),
+    **_core("KTO", "trl_ext.trainers.kto"),
+    **_experimental("AsyncGRPO", "async_grpo", "trl_ext.trainers.async_grpo"),
+}
 
 
 def register() -> AbstractContextManager:
     """
     Replaces TRL's public config and trainer names by ours. Doing so again changes nothing.
 
-    It loads nothing heavy: `trl` and `trl.trainer` find our class when a name is first asked for, and a trainer is
-    replaced in the module that defines it when that module is imported. A config stays TRL's there, because pickled
-    arguments refer to it by that path.
+    It loads nothing heavy: `trl` and `trl.trainer` find our class when a name is first asked for; a trainer is
+    replaced in the module that defines it when that module is imported, an experimental name when its package is. A
+    config stays TRL's in the module that defines it, because pickled arguments refer to it by that path.
 
     Names that were imported from TRL earlier, and classes that were derived from them, stay TRL's; a warning lists
     them.
@@ -65,11 +85,12 @@ def register() -> AbstractContextManager:
     try:
         for module in _LAZY_MODULES:
             held = vars(sys.modules[module])
-            finder.originals.update({(module, name): held.pop(name) for name in _NAMES if name in held})
+            finder.originals.update({(module, name): held.pop(name) for name in _lazy_names() if name in held})
             held["__getattr__"] = _our_class  # PEP 562: asked before TRL's own lazy lookup
-        for name in filter(_is_trainer, _NAMES):
-            if _defining_module(name) in sys.modules:
-                _bind_trainer(name, finder)
+        for name in _NAMES:
+            for module in _bound_in(name):
+                if module in sys.modules:
+                    _bind(name, module, finder)
     except BaseException:
         undo.close()
         raise
@@ -96,13 +117,15 @@ def _registered() -> Any:
     return next(ours, None)
 
 
-def _is_trainer(name: str) -> bool:
-    return name.endswith("Trainer")
+def _lazy_names() -> list[str]:
+    return [name for name, place in _NAMES.items() if place.offered == _LAZY_MODULES]
 
 
-def _defining_module(name: str) -> str:
-    """TRL's module that defines a public name: `trl.trainer.grpo_trainer` for `GRPOTrainer`."""
-    return "trl.trainer." + re.sub("(Config|Trainer)$", r"_\1", name).lower()
+def _bound_in(name: str) -> list[str]:
+    """The modules of TRL in which our class replaces what they hold, once they are loaded."""
+    place = _NAMES[name]
+    packages = [module for module in place.offered if module not in _LAZY_MODULES]
+    return [*([place.home] if name.endswith("Trainer") else []), *packages]
 
 
 def _our_module(name: str) -> ModuleType:
@@ -111,46 +134,47 @@ def _our_module(name: str) -> ModuleType:
     would take it for the answer that there is no such name, and TRL's lookup would give TRL's class without a word.
     """
     try:
-        return importlib.import_module(_NAMES[name])
+        return importlib.import_module(_NAMES[name].ours)
     except AttributeError as error:
-        raise UpstreamChanged(f"{_NAMES[name]} cannot be loaded ({error})") from error
+        raise UpstreamChanged(f"{_NAMES[name].ours} cannot be loaded ({error})") from error
 
 
 def _our_class(name: str) -> Any:
     """`__getattr__` of `trl` and `trl.trainer` while registered."""
-    if name not in _NAMES:
+    if name not in _lazy_names():
         raise AttributeError(name)
-    is_loading = _NAMES[name] in sys.modules
+    is_loading = _NAMES[name].ours in sys.modules
     module = _our_module(name)
     if not hasattr(module, name) and not is_loading:
-        raise UpstreamChanged(f"{_NAMES[name]} was loaded without {name}")
+        raise UpstreamChanged(f"{_NAMES[name].ours} was loaded without {name}")
     return getattr(module, name)  # while it is loaded, what it imports gets TRL's class: an AttributeError leads there
 
 
-def _bind_trainer(name: str, finder: "_Finder") -> None:
-    """Puts our trainer in TRL's defining module, once both are loaded, for those who import it from there."""
-    theirs, ours = importlib.import_module(_defining_module(name)), _our_module(name)
-    if not hasattr(ours, name):
-        return  # our module is importing TRL's now and needs the original; this runs again when it is loaded
-    held = getattr(theirs, name)
+def _bind(name: str, module: str, finder: "_Finder") -> None:
+    """Puts our class in a module of TRL's, once both are loaded, for those who import it from there."""
+    theirs, ours = importlib.import_module(module), _our_module(name)
+    if not hasattr(ours, name) or not hasattr(theirs, name):
+        return  # one is importing the other now, ours needs the original; this runs again when it is loaded
+    held, original = getattr(theirs, name), trl_class(getattr(ours, name))
     if held is not getattr(ours, name):
         check_parameters(held)
-        finder.originals[_defining_module(name), name] = held
         setattr(theirs, name, getattr(ours, name))
+    finder.originals[module, name] = original  # a package may have imported ours from the home
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     """
-    Binds our trainer whenever TRL's defining module or ours has been loaded; to find them is left to the other
-    finders. It also holds what was replaced, so that whoever finds it in `sys.meta_path` can undo that.
+    Binds our classes whenever TRL's module or ours has been loaded; to find them is left to the other finders. It also
+    holds what was replaced, so that whoever finds it in `sys.meta_path` can undo that.
     """
 
     def __init__(self):
         self.originals: dict[tuple[str, str], Any] = {}  # (module, name) → what stood there before
 
     def find_spec(self, fullname, path=None, target=None):
-        names = [name for name in filter(_is_trainer, _NAMES) if fullname in (_defining_module(name), _NAMES[name])]
-        if not names:
+        bound = [(name, module) for name in _NAMES for module in _bound_in(name)]
+        due = [(name, module) for name, module in bound if fullname in (module, _NAMES[name].ours)]
+        if not due:
             return None
         specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, specs), None)
@@ -159,19 +183,19 @@ class _Finder(importlib.abc.MetaPathFinder):
 
             def execute_and_bind(module):
                 execute(module)
-                for name in names:
-                    _bind_trainer(name, self)
+                for name, place in due:
+                    _bind(name, place, self)
 
             spec.loader.exec_module = execute_and_bind  # type: ignore[method-assign]
         return spec
 
 
 def _refuse_foreign_patches() -> None:
-    for name in _NAMES:
-        for module in (*_LAZY_MODULES, _defining_module(name)):
+    for name, place in _NAMES.items():
+        for module in (*place.offered, place.home):
             held = getattr(sys.modules.get(module), "__dict__", {}).get(name)
             source = getattr(held, "__module__", None) or type(held).__module__
-            if held is not None and source != _defining_module(name):
+            if held is not None and source != place.home:
                 raise RuntimeError(
                     f"{module}.{name} was replaced by {source} already; trl_ext cannot build on that. "
                     "Import and use only one of the two packages."
@@ -192,7 +216,7 @@ def _warn_of_newer_version() -> None:
 
 
 def _warn_of_earlier_names() -> None:
-    homes = ((name, sys.modules.get(_defining_module(name))) for name in _NAMES)
+    homes = ((name, sys.modules.get(place.home)) for name, place in _NAMES.items())
     originals = [getattr(home, name) for name, home in homes if home is not None]
     earlier = sorted({*_names_of(originals), *(f"{c.__module__}.{c.__qualname__}" for c in _subclasses(originals))})
     if earlier:

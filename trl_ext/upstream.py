@@ -14,6 +14,8 @@ from typing import Any
 
 _GRPO, _DPO = "trl.trainer.grpo_trainer.GRPOTrainer", "trl.trainer.dpo_trainer.DPOTrainer"
 _KTO = "trl.trainer.kto_trainer.KTOTrainer"
+_ENGINE = "trl.experimental.async_grpo"
+_ASYNC = f"{_ENGINE}.async_grpo_trainer.AsyncGRPOTrainer"
 _REWARD = "trl.trainer.reward_trainer.RewardTrainer"
 # Of every trainer that we subclass. Some are of transformers, but TRL may override them in any release.
 _OF_EVERY_TRAINER = {
@@ -29,8 +31,8 @@ _OF_EVERY_TRAINER = {
 # What we override, call or replace, with the names of its first parameters.
 PARAMETERS: dict[str, tuple[str, ...]] = {
     **{
-        f"{trainer}.{method}": names
-        for trainer in (_GRPO, _DPO, _KTO, _REWARD)
+        f"{cls}.{method}": names
+        for cls in (_GRPO, _DPO, _KTO, _REWARD, _ASYNC)
         for method, names in _OF_EVERY_TRAINER.items()
     },
     f"{_GRPO}._prepare_inputs": ("self", "generation_batch"),
@@ -56,6 +58,11 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     f"{_DPO}._precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
     f"{_DPO}.compute_ref_log_probs": ("self", "model", "inputs"),
     f"{_DPO}._compute_loss": ("self", "model", "inputs", "return_outputs"),
+    f"{_ASYNC}.training_step": ("self", "model", "inputs", "num_items_in_batch"),
+    f"{_ASYNC}.get_batch_samples": ("self", "epoch_iterator", "num_batches", "device"),
+    f"{_ENGINE}.async_grpo_config.AsyncGRPOConfig.get_process_log_level": ("self",),
+    f"{_ENGINE}.async_rollout_worker._AsyncRolloutLoop._score_group": ("self", "group"),
+    f"{_ENGINE}.async_rollout_worker._child_main": ("loop_cls", "loop_kwargs"),
     f"{_REWARD}._prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     f"{_REWARD}._set_signature_columns_if_needed": ("self",),
     f"{_REWARD}.evaluation_loop": (

@@ -80,7 +80,7 @@ def accuracy(model, tokenizer, rows: list[dict], do_sample: bool, seed: int = 0)
     return sum(outcome_reward([row["prompt"] for row in rows], completions)) / len(rows)
 
 
-def draw_curves(log_history: list[dict], path: str | Path) -> None:
+def draw_curves(log_history: list[dict], path: str | Path, kl: str = "kl") -> None:
     """
     Write a picture of reward, KL to the reference and completion length against the optimiser step.
 
@@ -89,6 +89,8 @@ def draw_curves(log_history: list[dict], path: str | Path) -> None:
             The trainer's `state.log_history`. Drawn are its keys `reward`, `kl` and `completions/mean_length`.
         path (`str` or `Path`):
             File to write; the suffix gives the format.
+        kl (`str`, *optional*, defaults to `"kl"`):
+            Key of the KL to the reference.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -97,7 +99,7 @@ def draw_curves(log_history: list[dict], path: str | Path) -> None:
     FigureCanvasAgg(figure)
     panels = {
         "reward": ("Reward, mean", "reward"),
-        "kl": ("KL to the reference, nats", "KL"),
+        kl: ("KL to the reference, nats", "KL"),
         "completions/mean_length": ("Completion length, tokens", "completion length"),
     }
     for axes, (key, (title, noun)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
@@ -119,6 +121,7 @@ class AccuracyReport(TrainerCallback):
     """
 
     test_file = TEST_FILE
+    kl = "kl"
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.before = self._measure(**kwargs)
@@ -133,7 +136,7 @@ class AccuracyReport(TrainerCallback):
         if importlib.util.find_spec("matplotlib") is None:
             where = "no curves without matplotlib: pip install -e '.[plots]'"
         else:
-            draw_curves(state.log_history, curves)
+            draw_curves(state.log_history, curves, self.kl)
         print(
             f"Held-out accuracy, {len(self.rows)} prompts: greedy {self.before[0]:.2f} -> {greedy:.2f}, "
             f"sampled {self.before[1]:.2f} -> {sampled:.2f} ({where})"

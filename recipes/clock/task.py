@@ -120,6 +120,17 @@ def last_text(text_or_messages: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
+def written_result(text: str) -> str | None:
+    r"""
+    The digit behind `#` with which a completion ends, `None` where it ends otherwise.
+
+    >>> written_result("a4+3=7\nb7-5=2\n#2"), written_result("a4+3=7")
+    ('2', None)
+    """
+    found = re.search(r"#([0-9])\s*\Z", text)
+    return found and found[1]
+
+
 def outcome_reward(prompts: list, completions: list, **kwargs) -> list[float]:
     r"""
     1.0 for each completion that ends in `#` and the right digit, else 0.0. The working is not looked at.
@@ -143,8 +154,7 @@ def outcome_reward(prompts: list, completions: list, **kwargs) -> list[float]:
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
         right = correct_values(parse_prompt(last_text(prompt)))[-1]
-        written = re.search(r"#([0-9])\s*\Z", last_text(completion))
-        rewards.append(float(written is not None and int(written[1]) == right))
+        rewards.append(float(written_result(last_text(completion)) == str(right)))
     return rewards
 
 

@@ -73,7 +73,7 @@ def test_one_line_of_the_table_registers_a_name(monkeypatch):
     ours = types.ModuleType("ours_of_rloo")
     ours.RLOOTrainer = type("RLOOTrainer", (rloo_trainer.RLOOTrainer,), {})
     monkeypatch.setitem(sys.modules, "ours_of_rloo", ours)
-    monkeypatch.setitem(registration._NAMES, "RLOOTrainer", "ours_of_rloo")
+    monkeypatch.setitem(registration._NAMES, "RLOOTrainer", registration._core("RLOO", "ours_of_rloo")["RLOOTrainer"])
     original = rloo_trainer.RLOOTrainer
     with trl_ext.register():
         assert trl.RLOOTrainer is trl.trainer.RLOOTrainer is rloo_trainer.RLOOTrainer is ours.RLOOTrainer
@@ -82,12 +82,16 @@ def test_one_line_of_the_table_registers_a_name(monkeypatch):
 
 @pytest.mark.parametrize("name", registration._NAMES)
 def test_each_name_of_the_table_is_a_subclass_of_trls(name):
-    theirs = getattr(trl, name)
-    assert theirs.__module__ == registration._defining_module(name)
+    place = registration._NAMES[name]
+    offered = [importlib.import_module(module) for module in place.offered]
+    theirs = getattr(offered[0], name)
+    assert theirs.__module__ == place.home
     with trl_ext.register():
-        ours = getattr(trl, name)
+        ours = getattr(offered[0], name)
         assert issubclass(ours, theirs) and ours is not theirs
-        assert ours is getattr(importlib.import_module(registration._NAMES[name]), name) and ours.__name__ == name
+        assert ours is getattr(importlib.import_module(place.ours), name) and ours.__name__ == name
+        assert all(getattr(module, name) is ours for module in offered)
+    assert all(getattr(module, name) is theirs for module in offered)
 
 
 def test_names_imported_before_are_listed_in_a_warning(monkeypatch):
@@ -143,7 +147,9 @@ def test_our_module_that_cannot_be_loaded_is_an_error_and_not_trls_class(monkeyp
                 raise error
 
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-    monkeypatch.setitem(registration._NAMES, "DPOConfig", "broken_module_of_ours")
+    monkeypatch.setitem(
+        registration._NAMES, "DPOConfig", registration._core("DPO", "broken_module_of_ours")["DPOConfig"]
+    )
     with trl_ext.register(), pytest.raises(RuntimeError, match="broken_module_of_ours") as caught:
         _ = trl.DPOConfig
     assert caught.value.__cause__ is error and f"TRL {trl.__version__} is not laid out" in str(caught.value)
@@ -230,6 +236,48 @@ assert trl.trainer.grpo_trainer.GRPOTrainer.__module__ == "trl.trainer.grpo_trai
 
 def test_registration_is_lazy_and_reaches_deep_imports_in_any_order():
     done = subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+EXPERIMENTAL = """
+import sys
+import trl_ext
+trl_ext.register()
+from trl import GRPOTrainer
+assert not {"trl.experimental.async_grpo", "trl_ext.trainers.async_grpo"} & {*sys.modules}
+
+def forget():
+    for name in [name for name in sys.modules if name.startswith(("trl_ext.trainers.async_grpo", "trl.experimental"))]:
+        del sys.modules[name]
+
+originals = set()
+for line in (
+    "from trl.experimental.async_grpo import AsyncGRPOTrainer, AsyncGRPOConfig",
+    "from trl.experimental.async_grpo.async_grpo_trainer import AsyncGRPOTrainer",
+    "from trl_ext import AsyncGRPOTrainer",
+    "import trl.experimental.async_grpo.async_grpo_config; from trl_ext import AsyncGRPOTrainer",
+):
+    forget()
+    exec(line)
+    ours, package = sys.modules["trl_ext.trainers.async_grpo"], sys.modules["trl.experimental.async_grpo"]
+    home, configs = package.async_grpo_trainer, package.async_grpo_config
+    assert home.AsyncGRPOTrainer is package.AsyncGRPOTrainer is ours.AsyncGRPOTrainer is AsyncGRPOTrainer, line
+    assert package.AsyncGRPOConfig is ours.AsyncGRPOConfig
+    assert issubclass(ours.AsyncGRPOConfig, configs.AsyncGRPOConfig)
+    assert configs.AsyncGRPOConfig.__module__ == "trl.experimental.async_grpo.async_grpo_config", line
+    assert home.AsyncGRPOConfig is configs.AsyncGRPOConfig, line
+theirs = next(c for c in AsyncGRPOTrainer.__mro__ if c.__module__.startswith("trl."))
+trl_ext.unregister()
+assert home.AsyncGRPOTrainer is package.AsyncGRPOTrainer is theirs
+assert package.AsyncGRPOConfig is configs.AsyncGRPOConfig
+trl_ext.register()  # the package has been imported
+assert home.AsyncGRPOTrainer is package.AsyncGRPOTrainer is ours.AsyncGRPOTrainer
+assert package.AsyncGRPOConfig is ours.AsyncGRPOConfig
+"""
+
+
+def test_an_experimental_name_is_bound_when_its_package_is_imported():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", EXPERIMENTAL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

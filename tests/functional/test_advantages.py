@@ -375,6 +375,27 @@ def test_laws_of_every_estimator(name, data):
     close(permuted, advantages[reversed_], atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if ADVANTAGE_ESTIMATORS[name].within is not None])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_the_half_within_prompts_and_the_half_across_them_are_the_whole(name, data):
+    row = ADVANTAGE_ESTIMATORS[name]
+    case = data.draw(cases(row.steps))
+    whole = case.batch()
+    known = ("outcome", "outcome_scored", "mask", "steps", "steps_scored", *(() if row.across else ("kl_penalty",)))
+    parts = []
+    for start in range(0, len(case.returns), case.size):
+        fields = {key: getattr(whole, key) for key in known}  # where rows meet the trainer's, the KL comes later
+        own = {key: None if x is None else x[start : start + case.size] for key, x in fields.items()}
+        parts.append(quiet(RewardBatch, num_generations=case.size, **own))
+    values = torch.cat([quiet(row.within, part) for part in parts])
+    if row.across is not None:
+        scored = whole.mask.bool() & ~values.isnan()
+        rows = quiet(RewardBatch, values.nan_to_num(), scored, whole.mask, 1, kl_penalty=whole.kl_penalty)
+        values = quiet(ADVANTAGE_ESTIMATORS[row.across].function, rows)
+    close(values, quiet(row.function, whole), atol=1e-8, rtol=1e-8)
+
+
 def written(name, case, **options):
     """What the loop written from the paper says, or `None` where the paper says nothing."""
     rows, masks, known = case.rewards, case.mask, case.scored

@@ -7,7 +7,7 @@ import pytest
 
 from trl_ext.labels import LabelStepsConfig
 from trl_ext.labels.answers import SEARCHES
-from trl_ext.labels.config import BACKENDS
+from trl_ext.labels.config import BACKENDS, SamplingConfig
 from trl_ext.labels.config import SEARCHES as NAMES
 from trl_ext.labels.sampling import SAMPLERS
 
@@ -18,7 +18,8 @@ def make(**options):
 
 
 def test_every_option_is_in_the_docstring_and_has_help():
-    described = re.findall(r"^    ([a-z_]+) \(`", inspect.getdoc(LabelStepsConfig), re.MULTILINE)
+    docs = inspect.getdoc(SamplingConfig) + "\n" + inspect.getdoc(LabelStepsConfig)
+    described = re.findall(r"^    ([a-z_]+) \(`", docs, re.MULTILINE)
     fields = LabelStepsConfig.__dataclass_fields__
     assert described == [*fields]
     assert all(field.metadata["help"].endswith(".") for field in fields.values())

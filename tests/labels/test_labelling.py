@@ -167,7 +167,7 @@ def leaky(tmp_path_factory):
 def sampler(path, **given):
     tokenizer = AutoTokenizer.from_pretrained(path)
     source = Source.of(path, [tokenizer], trust_remote_code=False)
-    return TransformersSampler(source, options(model_name_or_path=path, **given)), tokenizer, source
+    return TransformersSampler.load(source, options(model_name_or_path=path, **given)), tokenizer, source
 
 
 def value(model, prefix, budget, temperature, ends):

@@ -19,9 +19,10 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 import trl_ext
-from trl_ext import upstream
+from trl_ext import upstream, upstream_async
 from trl_ext.cli.parser import GRPO_LOSSES, parser_class
 from trl_ext.functional.preference import PREFERENCE_LOSSES
+from trl_ext.trainers.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.dpo.losses import TRL_LOSSES
 from trl_ext.trainers.grpo import GRPOConfig
@@ -30,16 +31,34 @@ from trl_ext.trainers.grpo.exact_kl import lm_head
 from trl_ext.trainers.kto import KTOConfig, KTOTrainer
 from trl_ext.trainers.ppo import PPOConfig, PPOTrainer
 from trl_ext.trainers.prm import PRMConfig, PRMTrainer
+from trl_ext.trainers.shared_options import SharedOptions
 from trl_ext.upstream import CHECKS, PARAMETERS, UpstreamChanged
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
 
 
-@pytest.mark.parametrize("part", CHECKS)
+@pytest.mark.parametrize("part", [*CHECKS, *upstream_async.CHECKS])
 def test_a_part_of_trl_is_as_expected(part):
     before = set(ALL_ATTENTION_FUNCTIONS)
-    CHECKS[part]()
+    {**CHECKS, **upstream_async.CHECKS}[part]()
     assert {*ALL_ATTENTION_FUNCTIONS} == before, "nothing of a check stays in transformers"
+
+
+def test_a_changed_engine_is_noticed(monkeypatch):
+    from trl.experimental.async_grpo import async_rollout_worker, packing
+
+    theirs = packing.TreeRow.pack
+    with monkeypatch.context() as patched:
+        patched.setattr(packing.TreeRow, "pack", lambda row: theirs(row) | {"old_log_probs": torch.zeros(1)})
+        with pytest.raises(UpstreamChanged, match="two numbers per token do not pass through"):
+            upstream_async.check_columns.__wrapped__()
+    with monkeypatch.context() as patched:
+        patched.setattr(upstream.trl_class(AsyncGRPOTrainer), "compute_loss", lambda self, model: model() + model())
+        with pytest.raises(UpstreamChanged, match="runs the model 2 times"):
+            upstream_async.check_one_forward()
+    monkeypatch.delattr(async_rollout_worker.AsyncRolloutWorker, "_loop_cls")
+    with pytest.raises(UpstreamChanged, match="_loop_cls"):
+        upstream_async.check_rollout_process()
 
 
 PACKAGE = Path(trl_ext.__file__).parent
@@ -63,13 +82,11 @@ def path_of(thing):
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-@pytest.mark.parametrize(
-    "ours",
-    [
-        *(OurGRPOTrainer, DPOTrainer, KTOTrainer, PPOTrainer, PRMTrainer),
-        *(GRPOConfig, DPOConfig, KTOConfig, PPOConfig, PRMConfig, parser_class()),
-    ],
-)
+TRAINERS = [OurGRPOTrainer, DPOTrainer, KTOTrainer, PRMTrainer, AsyncGRPOTrainer]
+CONFIGS = [GRPOConfig, DPOConfig, KTOConfig, PRMConfig, AsyncGRPOConfig]
+
+
+@pytest.mark.parametrize("ours", [*TRAINERS, PPOTrainer, *CONFIGS, PPOConfig, parser_class()])
 def test_every_overridden_method_is_listed(ours):
     parent = upstream.trl_class(ours)
     for name in overridden(ours):
@@ -92,10 +109,7 @@ def test_the_losses_of_grpo_are_those_that_trl_compares_with():
 REPLACED = {PRMTrainer: {"_prepare_dataset", "compute_loss"}}
 
 
-@pytest.mark.parametrize(
-    "ours",
-    [OurGRPOTrainer, DPOTrainer, KTOTrainer, PRMTrainer, GRPOConfig, DPOConfig, KTOConfig, PRMConfig],
-)
+@pytest.mark.parametrize("ours", [*TRAINERS, *CONFIGS])
 def test_the_design_page_is_right_about_every_override(ours):
     page = (PACKAGE.parent / "docs/design.md").read_text()
     table = page[page.index("| part of TRL |") :]
@@ -122,7 +136,7 @@ def test_an_overridden_method_that_is_not_listed_is_found():
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_function_of_trl_that_is_called_is_listed(path):
     """Functions imported from the inside of TRL, and private methods of its trainers."""
-    parents = [upstream.trl_class(trainer) for trainer in (OurGRPOTrainer, DPOTrainer, KTOTrainer, PRMTrainer)]
+    parents = [upstream.trl_class(trainer) for trainer in TRAINERS]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl."):
             module = importlib.import_module(node.module)
@@ -189,7 +203,8 @@ def test_no_field_of_ours_is_a_field_of_trl():
     ours = GRPOConfig.__dataclass_fields__.keys() - theirs.keys()
     assert ours >= {"advantage_estimator", "advantage_kwargs", "kl_estimator", "kl_placement", "callback_paths"}
     declared = {name for name in GRPOConfig.__annotations__ if not name.startswith("_")}
-    assert declared == ours, "a field of ours exists in TRL's config"
+    assert declared | {*SharedOptions.__annotations__} == ours, "a field of ours exists in TRL's config"
+    assert not declared & {*SharedOptions.__annotations__}
 
 
 def test_no_new_field_of_ppo_is_a_field_of_trl():

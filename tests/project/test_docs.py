@@ -99,7 +99,10 @@ def test_a_recipe_parses_without_unknown_keys(path, monkeypatch):
 
 
 def command_of(recipe):
-    return re.search(rf"trl-ext ([\w-]+) --config recipes/{recipe.name}", recipe.read_text())[1]
+    """The command of `trl-ext`; `async` for the scripts of asynchronous GRPO, for which there is none."""
+    how = r"(?:trl-ext ([\w-]+)|python -m trl_ext recipes/(async)_\w+\.py)"
+    found = re.search(rf"{how} --config recipes/{recipe.name}", recipe.read_text())
+    return found[1] or found[2]
 
 
 def in_code(cell):
@@ -124,6 +127,8 @@ def test_the_row_of_a_recipe_is_true(path):
         title = UNPAIRED_LOSSES[names[0]].method
     elif command_of(path) == "label-steps":
         names, also, title = [options.get("search", "all")], {"trl-ext label-steps"}, "Labels of steps"
+    elif command_of(path) in ("rejection-sampling", "sft"):
+        names, also, title = ["accepted"], {f"trl-ext {command_of(path)}"}, "RFT"
     elif command_of(path) == "ppo":
         names, also = ["gae"], {"trl-ext ppo"}
         title = ADVANTAGE_ESTIMATORS["gae"].method
@@ -139,6 +144,7 @@ def test_the_row_of_a_recipe_is_true(path):
     assert ("4-bit" in model) == (options.get("load_in_4bit", False) or bool(scorer and scorer.get("load_in_4bit")))
     assert in_code(data) == {options["dataset_name"]}
     made_here = options["dataset_name"].startswith("outputs/clock_")  # by a module of `recipes.clock`
+    made_here |= options["dataset_name"].endswith("_quickstart")  # by another recipe, which needs no hub
     data_here = made_here or (ROOT / options["dataset_name"]).exists()
     embedded = (ROOT / options["model_name_or_path"]).exists() and data_here
     assert ("the hub" in needs) != embedded and ("a CPU" in needs) == embedded

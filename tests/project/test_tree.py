@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from trl_ext.trainers.async_grpo import AsyncGRPOConfig
 from trl_ext.trainers.dpo import DPOConfig
 from trl_ext.trainers.grpo import GRPOConfig
 from trl_ext.trainers.kto import KTOConfig
 from trl_ext.trainers.ppo import PPOConfig
 from trl_ext.trainers.prm import PRMConfig
+from trl_ext.trainers.shared_options import SharedOptions
 from trl_ext.upstream import trl_class
 
 ROOT = Path(__file__).parents[2]
@@ -59,10 +61,11 @@ def test_a_function_body_has_at_most_45_lines(path):
             assert node.end_lineno - body[0].lineno < 45, node.name
 
 
-@pytest.mark.parametrize("config", [GRPOConfig, DPOConfig, KTOConfig, PPOConfig, PRMConfig])
+@pytest.mark.parametrize("config", [GRPOConfig, DPOConfig, KTOConfig, PPOConfig, PRMConfig, AsyncGRPOConfig])
 def test_every_option_is_in_the_docstring_and_has_help(config):
     theirs = trl_class(config).__dataclass_fields__.keys()
-    ours = {name for name in config.__annotations__ if not name.startswith("_")} - theirs
+    shared = SharedOptions.__annotations__ if SharedOptions in config.__bases__ else {}
+    ours = {name for name in [*config.__annotations__, *shared] if not name.startswith("_")} - theirs
     lines = re.findall(r"^    ([a-z][a-z_, ]*) \(`", inspect.getdoc(config), re.MULTILINE)
     described = [name for line in lines for name in line.split(", ")]
     assert ours <= {*described} <= ours | theirs and len({*described}) == len(described)

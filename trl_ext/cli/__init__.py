@@ -15,9 +15,10 @@ from ..registration import register
 DESCRIPTION = (
     "TRL's command line with the options of trl_ext: advantage estimators, KL penalties and process rewards for "
     "`trl-ext grpo`, preference losses for `trl-ext dpo` and `trl-ext kto`, and the commands `trl-ext ppo`, "
-    "`trl-ext label-steps` and `trl-ext prm`. `trl-ext grpo --help` explains them."
+    "`trl-ext prm`, `trl-ext label-steps` and `trl-ext rejection-sampling`. `trl-ext grpo --help` explains them."
 )
-COMMANDS = ("ppo", "prm", "label-steps")  # that TRL does not have; their scripts are in `trl_ext.scripts`
+# Commands that TRL does not have; their scripts are in `trl_ext.scripts`.
+COMMANDS = ("ppo", "prm", "label-steps", "rejection-sampling")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,12 +100,12 @@ def _env(argv: list[str]) -> int:
     if not args.check:
         return 0
 
-    from ..upstream import CHECKS
+    from .. import upstream, upstream_async
 
     print("Parts of TRL that trl_ext depends on:\n")
     failed = 0
     warnings.simplefilter("ignore")  # TRL's remarks on the tiny run of the check
-    for name, check in CHECKS.items():
+    for name, check in {**upstream.CHECKS, **upstream_async.CHECKS}.items():
         try:
             check()
             print(f"- {name}: ok")

@@ -22,7 +22,7 @@ def how_to_go_on(argv: list[str], output_dir: str | None, patience: float = 60.0
             Seconds to wait for the workers.
     """
     _wait_for_children(patience)
-    if "label-steps" in argv:  # the same words go on
+    if {"label-steps", "rejection-sampling"}.intersection(argv):  # the same words go on
         again = shlex.join(["trl-ext", *argv])
         return f"trl-ext: stopped.\nThe chunks that are finished are in {output_dir}.\nTo go on: {again}"
     checkpoint = None

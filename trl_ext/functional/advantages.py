@@ -11,12 +11,13 @@ sum of the token rewards of row \\(i\\), \\(\bar S_g\\) its mean over the scorab
 """
 
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .attempts import best_of_group, gpg, pass_at_k
+from .estimator import Estimator as Estimator
+from .halves import centred_token_rewards, token_rewards
 from .process_rewards import step_advantages
 from .reductions import is_constant
 from .rewards import RewardBatch
@@ -189,64 +190,27 @@ def _share_of_steps(batch: RewardBatch, advantages: torch.Tensor, **options: Any
     return {"process/advantage_share": (sizes[0] / (sizes[0] + sizes[1])).item()}
 
 
-class Estimator(NamedTuple):
-    """
-    One row of `ADVANTAGE_ESTIMATORS`: every fact about a method.
-
-    Args:
-        function (`Callable`):
-            Function of a [`RewardBatch`] and options given by name.
-        per_token (`bool`, *optional*, defaults to `False`):
-            Whether it returns `(N, T)`, else `(N,)`. `None`: either, as its shape tells.
-        siblings (`bool`, *optional*, defaults to `False`):
-            Whether it compares completions of a prompt, and needs `num_generations` ≥ 2.
-        steps (`str`, *optional*, defaults to `"refused"`):
-            Step rewards: `"refused"`, `"added"` to the token rewards, or `"needed"`.
-        baseline (`bool`, *optional*, defaults to `False`):
-            Whether it needs the reward of a greedy answer.
-        values (`bool`, *optional*, defaults to `False`):
-            Whether it needs a critic.
-        on_policy (`bool`, *optional*, defaults to `False`):
-            Whether it is derived for completions of the very policy that learns.
-        kl_placement (`str`, *optional*):
-            Where its paper puts the KL, `"loss"` or `"reward"`.
-        completions (`Callable`, *optional*):
-            Function of its options: how many completions of a prompt it needs.
-        std (`Callable`, *optional*):
-            What it divides by, a function of the same arguments: turns β into `kl/effective_beta`.
-        metrics (`Callable`, *optional*):
-            Function of batch, advantages and options: further numbers to log.
-        method, paper (`str`, *optional*):
-            Its name in a model card, and key in `trl_ext.papers.PAPERS`. Empty: those of TRL's trainer.
-    """
-
-    function: Callable[..., torch.Tensor]
-    per_token: bool | None = False
-    siblings: bool = False
-    steps: str = "refused"
-    baseline: bool = False
-    values: bool = False
-    on_policy: bool = False
-    kl_placement: str | None = None
-    completions: Callable[..., int] | None = None
-    std: Callable[..., torch.Tensor] | None = None
-    metrics: Callable[..., dict[str, float]] | None = None
-    method: str = ""
-    paper: str = ""
-
-
 ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
-    "group_relative": Estimator(group_relative, siblings=True),
+    "group_relative": Estimator(group_relative, siblings=True, within=group_relative),
     "group_mean": Estimator(
-        group_mean, siblings=True, method="GRPO with mean-only advantages (Dr. GRPO)", paper="dr_grpo"
+        group_mean,
+        siblings=True,
+        within=group_mean,
+        method="GRPO with mean-only advantages (Dr. GRPO)",
+        paper="dr_grpo",
     ),
     "leave_one_out": Estimator(
-        leave_one_out, siblings=True, method="GRPO with leave-one-out advantages (RLOO)", paper="rloo"
+        leave_one_out,
+        siblings=True,
+        within=leave_one_out,
+        method="GRPO with leave-one-out advantages (RLOO)",
+        paper="rloo",
     ),
     "length_weighted": Estimator(
         length_weighted,
         siblings=True,
         on_policy=True,
+        within=length_weighted,
         method="GRPO with a length-weighted baseline (OPO)",
         paper="opo",
     ),
@@ -254,14 +218,27 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         pass_at_k,
         siblings=True,
         completions=lambda k=2, **_: k + 1,
+        within=pass_at_k,
         method="GRPO with the best of k attempts (Pass@k training)",
         paper="pass_at_k",
     ),
     "best_of_group": Estimator(
-        best_of_group, siblings=True, method="GRPO with the best completion of a group", paper="best_of_group"
+        best_of_group,
+        siblings=True,
+        within=best_of_group,
+        method="GRPO with the best completion of a group",
+        paper="best_of_group",
     ),
     "gpg": Estimator(gpg, siblings=True, on_policy=True, method="GPG", paper="gpg"),
-    "reinforce": Estimator(reinforce, per_token=True, steps="added", method="REINFORCE", paper="reinforce"),
+    "reinforce": Estimator(
+        reinforce,
+        per_token=True,
+        steps="added",
+        within=token_rewards,
+        across="reinforce",
+        method="REINFORCE",
+        paper="reinforce",
+    ),
     "remax": Estimator(
         remax,
         per_token=True,
@@ -278,6 +255,8 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         steps="added",
         kl_placement="reward",
         std=lambda batch, **options: rewards_to_go(batch, **options).std,
+        within=token_rewards,
+        across="reinforce_plus_plus",
         method="REINFORCE++",
         paper="reinforce_plus_plus",
     ),
@@ -287,6 +266,8 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         siblings=True,
         steps="added",
         std=lambda batch, **options: above_the_group(batch, **options).std,
+        within=centred_token_rewards,
+        across="reinforce_plus_plus",
         method="REINFORCE++ with baseline",
         paper="reinforce_plus_plus",
     ),
@@ -296,6 +277,7 @@ ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {
         siblings=True,
         steps="needed",
         metrics=_share_of_steps,
+        within=process_group_relative,
         method="GRPO with process rewards",
         paper="deepseekmath",
     ),

@@ -236,16 +236,21 @@ def above_the_group(
             f"gamma must be 1.0 for 'reinforce_plus_plus_baseline', whose baseline is an undiscounted return, got "
             f"{gamma!r}. Use 'reinforce_plus_plus' to discount."
         )
-    scorable = batch.group(batch.scorable)
-    baseline = (batch.group(batch.without_kl.sum(1)) - batch.centred(batch.without_kl)).flatten()[:, None]
-    # Recentring over the batch would hand a row without sibling −μ/σ although nothing is known about it.
-    compared = (scorable & (scorable.sum(1, keepdim=True) > 1)).flatten()
+    baseline, compared = _group_baseline(batch)
     trainable = batch.mask.bool() & compared[:, None]
-    values = (reward_to_go(batch.rewards, trainable) - baseline).where(trainable, 0.0)
+    values = (reward_to_go(batch.rewards, trainable) - baseline[:, None]).where(trainable, 0.0)
     without_kl = None
     if batch.kl_penalty is not None:
-        without_kl = (reward_to_go(batch.without_kl, trainable) - baseline).where(trainable, 0.0)
+        without_kl = (reward_to_go(batch.without_kl, trainable) - baseline[:, None]).where(trainable, 0.0)
     return _spread(values, without_kl, trainable, weighting, correction, norm)
+
+
+def _group_baseline(batch: RewardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean outcome of the row's group, `(N,)`, and the rows that have a scorable sibling, `(N,)`, bool."""
+    scorable = batch.group(batch.scorable)
+    baseline = batch.group(batch.without_kl.sum(1)) - batch.centred(batch.without_kl)
+    # Recentring over the batch would hand a row without sibling −μ/σ although nothing is known about it.
+    return baseline.flatten(), (scorable & (scorable.sum(1, keepdim=True) > 1)).flatten()
 
 
 def reinforce_plus_plus_baseline(

@@ -12,7 +12,7 @@ from ..functional.step_labels import STEP_LABELS, first_error, search_together
 from ..lookup import import_path
 from ..trainers.grpo.reward_calls import RewardError, reward_values
 from ..trainers.grpo.steps import segment, step_texts
-from .config import LabelStepsConfig
+from .config import LabelStepsConfig, SamplingConfig
 from .sampling import Sampler
 
 _NOT_GIVEN = ("prompt", "completion", "completion_ids")  # columns that TRL keeps from reward functions
@@ -23,13 +23,13 @@ class Verifier:
     Whether answers are right, by a reward function that is called as TRL calls it.
 
     Args:
-        config ([`LabelStepsConfig`]):
+        config ([`SamplingConfig`]):
             Its `verifier` and `threshold`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the policy.
     """
 
-    def __init__(self, config: LabelStepsConfig, tokenizer: Any):
+    def __init__(self, config: SamplingConfig, tokenizer: Any):
         self.function, self.name = import_path(config.verifier, "verifier"), config.verifier
         self.threshold, self.tokenizer = config.threshold, tokenizer
 
@@ -101,7 +101,47 @@ class Answer(NamedTuple):
     right: bool
 
 
-class Labeller:
+class AnswerSampler:
+    """
+    From rows of the data to sampled answers, cut into steps and verified.
+
+    Args:
+        config ([`SamplingConfig`]):
+            Options.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        policy ([`Sampler`]):
+            What samples.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any, policy: Sampler):
+        self.config, self.tokenizer, self.policy = config, tokenizer, policy
+        self.verifier = Verifier(config, tokenizer)
+        path = config.step_ends_function
+        self.step_ends = None if path is None else import_path(path, "step_ends_function")
+        self.totals = Totals()
+
+    def sample(self, rows: list[dict[str, Any]], heads: list[list[int]]) -> list[Answer]:
+        """`num_generations` answers to each prompt, in their order; `heads` are the prompts' token ids."""
+        each, budget = self.config.num_generations, self.config.max_completion_length
+        sampled = self.policy(heads, [each] * len(heads), [budget] * len(heads))
+        places = [i for i, group in enumerate(sampled) for _ in group]
+        ids = [completion for group in sampled for completion in group]
+        separator = self.config.step_separator
+        steps = [segment(completion, None, self.tokenizer, separator, self.step_ends) for completion in ids]
+        ends = [[step[-1] + 1 for step in cut] for cut in steps]
+        texts = [step_texts(completion, cut, self.tokenizer) for completion, cut in zip(ids, steps, strict=True)]
+        right = self.verifier([rows[i] for i in places], ids)
+        self.totals.answers += len(ids)
+        self.totals.right += sum(right)
+        return [Answer(*parts) for parts in zip(places, ids, ends, texts, right, strict=True)]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What is written of the rows of a chunk."""
+        raise NotImplementedError
+
+
+class Labeller(AnswerSampler):
     """
     From rows of the data to labelled answers.
 
@@ -115,37 +155,20 @@ class Labeller:
     """
 
     def __init__(self, config: LabelStepsConfig, tokenizer: Any, policy: Sampler, completer: Sampler):
-        self.config, self.tokenizer, self.policy, self.completer = config, tokenizer, policy, completer
-        self.verifier = Verifier(config, tokenizer)
-        path = config.step_ends_function
-        self.step_ends = None if path is None else import_path(path, "step_ends_function")
-        self.totals = Totals()
+        super().__init__(config, tokenizer, policy)
+        self.completer = completer
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Labelled answers to the prompts of `rows`, `num_generations` to each, in their order."""
         heads = [prompt_ids(row["prompt"], self.tokenizer, self.config.chat_template_kwargs) for row in rows]
-        answers = self._answers(rows, heads)
+        answers = self.sample(rows, heads)
         rollouts = Rollouts(self.config, rows, heads, self.completer, self.verifier)
         labels = SEARCHES[self.config.search](answers, rollouts)
-        self.totals.answers += len(answers)
-        self.totals.right += sum(answer.right for answer in answers)
         self.totals.prefixes += len(rollouts.counts)
         return [
             {**rows[a.row], "completions": a.texts, "labels": row_labels, "outcome": float(a.right)}
             for a, row_labels in zip(answers, labels, strict=True)
         ]
-
-    def _answers(self, rows: list[dict[str, Any]], heads: list[list[int]]) -> list[Answer]:
-        each, budget = self.config.num_generations, self.config.max_completion_length
-        sampled = self.policy(heads, [each] * len(heads), [budget] * len(heads))
-        places = [i for i, group in enumerate(sampled) for _ in group]
-        ids = [completion for group in sampled for completion in group]
-        separator = self.config.step_separator
-        steps = [segment(completion, None, self.tokenizer, separator, self.step_ends) for completion in ids]
-        ends = [[step[-1] + 1 for step in cut] for cut in steps]
-        texts = [step_texts(completion, cut, self.tokenizer) for completion, cut in zip(ids, steps, strict=True)]
-        right = self.verifier([rows[i] for i in places], ids)
-        return [Answer(*parts) for parts in zip(places, ids, ends, texts, right, strict=True)]
 
 
 def prompt_ids(prompt: Any, tokenizer: Any, template_options: Any) -> list[int]:

@@ -16,9 +16,10 @@ SEARCHES, BACKENDS = ("all", "first_error"), ("transformers", "vllm")
 
 
 @dataclass
-class LabelStepsConfig:
+class SamplingConfig:
     r"""
-    Options of [`label_steps`]. Those that [`GRPOConfig`] or TRL's scripts have too are called as there.
+    Options for sampling answers to the prompts of a data set and verifying them. Those that [`GRPOConfig`] or TRL's
+    scripts have too are called as there.
 
     Parameters:
         model_name_or_path (`str`):
@@ -30,19 +31,8 @@ class LabelStepsConfig:
             `None` is wrong.
         output_dir (`str`):
             Folder to write to. What is finished there is not done again.
-        completer (`str`, *optional*):
-            Model that continues the prefixes, with the policy's vocabulary. `None`: the policy. A stronger one makes
-            better labels.
         num_generations (`int`, *optional*, defaults to `4`):
             Answers sampled to each prompt.
-        rollouts (`int`, *optional*, defaults to `8`):
-            Continuations of each prefix.
-        estimate (`str`, *optional*):
-            `"soft"`: share of the continuations that end right. `"hard"`: 1 if any does. Default: soft, and hard with
-            `search="first_error"`.
-        search (`str`, *optional*, defaults to `"all"`):
-            `"all"`: every step is labelled. `"first_error"`: right answers are labelled 1 throughout, wrong ones are
-            searched by bisection for the step with which they die.
         threshold (`float`, *optional*, defaults to `0.5`):
             An answer is right if its reward is above it.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -83,19 +73,7 @@ class LabelStepsConfig:
     dataset_name: str = field(metadata={"help": "Data set with a column prompt, and those that the verifier reads."})
     verifier: str = field(metadata={"help": "Dotted path of a reward function; a reward above threshold is right."})
     output_dir: str = field(metadata={"help": "Folder to write to. What is finished there is not done again."})
-    completer: str | None = field(
-        default=None, metadata={"help": "Model that continues the prefixes. Default: the policy."}
-    )
     num_generations: int = field(default=4, metadata={"help": "Answers sampled to each prompt."})
-    rollouts: int = field(default=8, metadata={"help": "Continuations of each prefix."})
-    estimate: str | None = field(
-        default=None,
-        metadata={"help": f"Label of a step: {quoted(STEP_LABELS)}. Default: 'soft', 'hard' with 'first_error'."},
-    )
-    search: str = field(
-        default="all",
-        metadata={"help": "Steps that are rolled out: 'all', or 'first_error' for a bisection of wrong answers."},
-    )
     threshold: float = field(default=0.5, metadata={"help": "An answer is right if its reward is above it."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of answers and continuations."})
     top_p: float = field(default=1.0, metadata={"help": "Least total probability of the tokens sampled from."})
@@ -131,17 +109,62 @@ class LabelStepsConfig:
     )
 
     def __post_init__(self):
-        self.chat_template_kwargs = _template_options(self.chat_template_kwargs)
-        _check_texts(self)
-        _check_choices(self)
+        self.chat_template_kwargs = template_options(self.chat_template_kwargs)
+        check_texts(self, ("model_name_or_path", "dataset_name", "verifier", "output_dir", "dataset_train_split"))
+        check_texts(self, ("step_ends_function", "dataset_config"), optional=True)
+        _check_backend(self)
         _check_numbers(self)
         check_cuts(self)
         import_path(self.verifier, "verifier")
+
+
+@dataclass
+class LabelStepsConfig(SamplingConfig):
+    r"""
+    Options of [`label_steps`], on top of those of [`SamplingConfig`].
+
+    Parameters:
+        completer (`str`, *optional*):
+            Model that continues the prefixes, with the policy's vocabulary. `None`: the policy. A stronger one makes
+            better labels.
+        rollouts (`int`, *optional*, defaults to `8`):
+            Continuations of each prefix.
+        estimate (`str`, *optional*):
+            `"soft"`: share of the continuations that end right. `"hard"`: 1 if any does. Default: soft, and hard with
+            `search="first_error"`.
+        search (`str`, *optional*, defaults to `"all"`):
+            `"all"`: every step is labelled. `"first_error"`: right answers are labelled 1 throughout, wrong ones are
+            searched by bisection for the step with which they die.
+    """
+
+    completer: str | None = field(
+        default=None, metadata={"help": "Model that continues the prefixes. Default: the policy."}
+    )
+    rollouts: int = field(default=8, metadata={"help": "Continuations of each prefix."})
+    estimate: str | None = field(
+        default=None,
+        metadata={"help": f"Label of a step: {quoted(STEP_LABELS)}. Default: 'soft', 'hard' with 'first_error'."},
+    )
+    search: str = field(
+        default="all",
+        metadata={"help": "Steps that are rolled out: 'all', or 'first_error' for a bisection of wrong answers."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_texts(self, ("completer",), optional=True)
+        check_whole(self, {"rollouts": 1})
+        check_choice(self, "search", SEARCHES)
+        if self.estimate not in (None, *STEP_LABELS):
+            raise ValueError(f"estimate must be one of {sorted(STEP_LABELS)}, got {self.estimate!r}.")
+        if self.search == "first_error" and self.estimate == "soft":
+            raise ValueError("search='first_error' knows only dead or alive; use estimate='hard'.")
         if self.estimate is None:
             self.estimate = "hard" if self.search == "first_error" else "soft"
 
 
-def _template_options(value: Any) -> dict[str, Any]:
+def template_options(value: Any) -> dict[str, Any]:
+    """The mapping that a text, or nothing, stands for."""
     found = mapping("chat_template_kwargs", value) or {}
     try:
         found = with_numbers(json.loads(found) if isinstance(found, str) else found)
@@ -152,25 +175,32 @@ def _template_options(value: Any) -> dict[str, Any]:
     return found
 
 
-def _check_texts(config: LabelStepsConfig) -> None:
+def check_texts(config: SamplingConfig, names: tuple[str, ...], optional: bool = False) -> None:
     """Refuses anything but a text where one is meant; YAML reads `false`, `no` and `off` as a truth value."""
-    for name in ("model_name_or_path", "dataset_name", "verifier", "output_dir", "dataset_train_split"):
-        if not isinstance(value := getattr(config, name), str) or not value:
-            raise ValueError(f"{name} must be a text, got {value!r}.")
-    for name in ("completer", "step_ends_function", "dataset_config"):
-        if not isinstance(value := getattr(config, name), str | None) or value == "":
-            raise ValueError(f"{name} must be a text, got {value!r}. Leave it out for the default.")
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, str | None if optional else str) or value == "":
+            hint = " Leave it out for the default." if optional else ""
+            raise ValueError(f"{name} must be a text, got {value!r}.{hint}")
 
 
-def _check_choices(config: LabelStepsConfig) -> None:
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    for name, allowed in (("search", SEARCHES), ("backend", BACKENDS), ("dtype", dtypes)):
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(config, name)!r}.")
-    if config.estimate not in (None, *STEP_LABELS):
-        raise ValueError(f"estimate must be one of {sorted(STEP_LABELS)}, got {config.estimate!r}.")
-    if config.search == "first_error" and config.estimate == "soft":
-        raise ValueError("search='first_error' knows only dead or alive; use estimate='hard'.")
+def check_choice(config: SamplingConfig, name: str, allowed: tuple[str, ...]) -> None:
+    """Refuses what is none of these."""
+    if getattr(config, name) not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(config, name)!r}.")
+
+
+def check_whole(config: SamplingConfig, least: dict[str, int]) -> None:
+    """Refuses anything but whole numbers of at least so much."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+            raise ValueError(f"{name} must be a whole number of at least {bound}, got {value!r}.")
+
+
+def _check_backend(config: SamplingConfig) -> None:
+    check_choice(config, "backend", BACKENDS)
+    check_choice(config, "dtype", ("auto", "float32", "bfloat16", "float16"))
     if config.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ValueError("backend='vllm' needs vLLM, which is not installed. Install it, or use 'transformers'.")
     if config.backend == "vllm" and config.batch_size is not None:
@@ -179,13 +209,9 @@ def _check_choices(config: LabelStepsConfig) -> None:
         )
 
 
-def _check_numbers(config: LabelStepsConfig) -> None:
-    least = {"num_generations": 1, "rollouts": 1, "max_completion_length": 1, "chunk_size": 1, "seed": 0}
-    least |= {name: 1 for name in ("batch_size", "limit") if getattr(config, name) is not None}
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < bound:
-            raise ValueError(f"{name} must be a whole number of at least {bound}, got {value!r}.")
+def _check_numbers(config: SamplingConfig) -> None:
+    least = {"num_generations": 1, "max_completion_length": 1, "chunk_size": 1, "seed": 0}
+    check_whole(config, least | {name: 1 for name in ("batch_size", "limit") if getattr(config, name) is not None})
     for name in ("threshold", "temperature", "top_p"):
         value = getattr(config, name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):

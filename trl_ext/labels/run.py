@@ -4,7 +4,8 @@ import json
 import random
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import tqdm
@@ -12,11 +13,12 @@ from datasets import load_dataset
 from transformers import AutoTokenizer, set_seed
 
 from ..trainers.input_checks import require_columns, require_eos, require_texts
-from .answers import Labeller, Totals, prompt_ids
-from .config import LabelStepsConfig
+from .answers import AnswerSampler, Labeller, Totals, prompt_ids
+from .config import LabelStepsConfig, SamplingConfig
 from .folder import LabelFolder
 from .sampling import SAMPLERS, Source
 
+Folder = TypeVar("Folder", bound=LabelFolder)
 _WRITTEN = ("completions", "labels", "outcome")  # columns that are added
 _GIVEN = ("prompts", "trainer_state", "log_extra", "log_metric")  # other names that the verifier is given
 
@@ -36,34 +38,65 @@ def label_steps(config: LabelStepsConfig) -> Totals:
     Raises:
         `ValueError`: If data, models or what is in the folder do not fit.
     """
+    models = [config.model_name_or_path, *filter(None, [config.completer])]
+
+    def make(tokenizer: Any, samplers: list) -> Labeller:
+        return Labeller(config, tokenizer, samplers[0], samplers[-1])
+
+    folder, totals = work_through(config, models, LabelFolder, make)
+    if folder.join():
+        print(f"Labelled answers to {len(folder.rows)} prompts: {folder.joined_file}", file=sys.stderr)
+    return totals
+
+
+def work_through(
+    config: SamplingConfig,
+    models: list[str],
+    folder_class: type[Folder],
+    make: Callable[[Any, list[Any]], AnswerSampler],
+) -> tuple[Folder, Totals]:
+    """
+    Gives the missing chunks of this process to a worker, and writes what it makes of them.
+
+    Args:
+        config ([`SamplingConfig`]):
+            Options.
+        models (`list[str]`):
+            The models to sample, the policy first; all with its vocabulary.
+        folder_class (`type`):
+            [`LabelFolder`], or a class below it.
+        make (`Callable`):
+            `(tokenizer, samplers)` to the worker, which is called with the rows of a chunk. Only where work is left.
+
+    Returns:
+        `tuple[LabelFolder, Totals]`: The folder, not joined, and what this process did now.
+    """
     state = PartialState()
     if config.backend == "vllm" and state.num_processes > 1:
         raise ValueError(f"backend='vllm' runs in one process, which uses all it is given, got {state.num_processes}.")
     rows = read_rows(config)
-    tokenizer, sources = _tokenizer_and_sources(config)
+    tokenizer, sources = _tokenizer_and_sources(config, models)
     _refuse_long_prompts(rows, tokenizer, sources, config)
-    folder = LabelFolder(config, rows)
+    folder = folder_class(config, rows)
     own = range(state.process_index, folder.num_chunks, state.num_processes)
     todo = [chunk for chunk in folder.missing() if chunk in own]
     totals = Totals()
     if todo:
         samplers = [SAMPLERS[config.backend](source, config, 1 / len(sources)) for source in sources]
-        labeller = Labeller(config, tokenizer, samplers[0], samplers[-1])
-        totals, begun = labeller.totals, time.perf_counter()
+        worker = make(tokenizer, samplers)
+        totals, begun = worker.totals, time.perf_counter()
         bar = tqdm(todo, desc="chunks", total=len(own), initial=len(own) - len(todo))
         for chunk in bar:
             # Chunks are independent of each other: which were done before, or elsewhere, makes no difference.
             set_seed(random.Random(f"{config.seed} {chunk}").randrange(2**31))
-            folder.write(chunk, labeller(folder.rows_of(chunk)))
+            folder.write(chunk, worker(folder.rows_of(chunk)))
             speed = sum(sampler.tokens for sampler in samplers) / (time.perf_counter() - begun)
             wrong = totals.answers - totals.right
             bar.set_postfix_str(f"{totals.right} right, {wrong} wrong, {speed:.0f} tokens/s")
-    if folder.join():
-        print(f"Labelled answers to {len(rows)} prompts: {folder.joined_file}", file=sys.stderr)
-    return totals
+    return folder, totals
 
 
-def read_rows(config: LabelStepsConfig) -> list[dict[str, Any]]:
+def read_rows(config: SamplingConfig) -> list[dict[str, Any]]:
     """The first `limit` rows of the data."""
     dataset = load_dataset(config.dataset_name, name=config.dataset_config, split=config.dataset_train_split)
     require_columns(dataset, "The data set", ["prompt"])
@@ -89,9 +122,8 @@ def read_rows(config: LabelStepsConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _tokenizer_and_sources(config: LabelStepsConfig) -> tuple[Any, list[Source]]:
+def _tokenizer_and_sources(config: SamplingConfig, names: list[str]) -> tuple[Any, list[Source]]:
     """The policy's tokenizer, and the models: the policy, and the completer if it is another one."""
-    names = [config.model_name_or_path, *filter(None, [config.completer])]
     tokenizers = [AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code) for name in names]
     require_eos(tokenizers[0])
     if tokenizers[0].get_vocab() != tokenizers[-1].get_vocab():
@@ -99,7 +131,7 @@ def _tokenizer_and_sources(config: LabelStepsConfig) -> tuple[Any, list[Source]]
     return tokenizers[0], [Source.of(name, tokenizers, config.trust_remote_code) for name in names]
 
 
-def _refuse_long_prompts(rows: list, tokenizer: Any, sources: list[Source], config: LabelStepsConfig) -> None:
+def _refuse_long_prompts(rows: list, tokenizer: Any, sources: list[Source], config: SamplingConfig) -> None:
     known = [source.positions for source in sources if source.positions is not None]
     for i, row in enumerate(rows):
         length = len(prompt_ids(row["prompt"], tokenizer, config.chat_template_kwargs))

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..trainers.generation import bare_generation_config
-from .config import LabelStepsConfig
+from .config import SamplingConfig
 
 
 class Source(NamedTuple):
@@ -77,22 +77,30 @@ class TransformersSampler:
     Samples with `generate` of transformers, from the model's distribution and nothing else of its generation config.
 
     Args:
-        source ([`Source`]):
-            Model.
-        config ([`LabelStepsConfig`]):
-            Options.
-        share (`float`):
-            Part of the device's memory that it may take. Not read.
+        model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):
+            Model, in evaluation mode from here on.
+        end_tokens (`list[int]`):
+            Tokens that end a continuation: those that end an answer, or, for one step of it, a separator's as well.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Largest number of continuations that are sampled at once.
+        temperature, top_p (`float`, *optional*, defaults to `1.0`):
+            Of sampling.
     """
 
-    def __init__(self, source: Source, config: LabelStepsConfig, share: float = 1.0):
+    def __init__(
+        self, model: Any, end_tokens: list[int], batch_size: int = 256, temperature: float = 1.0, top_p: float = 1.0
+    ):
+        self.model, self.end_tokens, self.batch_size = model.eval(), end_tokens, batch_size
+        self.options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        self.tokens = 0
+
+    @classmethod
+    def load(cls, source: Source, config: SamplingConfig, share: float = 1.0) -> "TransformersSampler":
+        """Reads the model onto this process's device. `share`, the part of the device's memory, is vLLM's alone."""
         model = AutoModelForCausalLM.from_pretrained(
             source.name, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-        )
-        self.model: Any = model.to(PartialState().device).eval()
-        self.end_tokens, self.batch_size = source.end_tokens, config.batch_size or 256
-        self.options = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-        self.tokens = 0
+        ).to(PartialState().device)
+        return cls(model, source.end_tokens, config.batch_size or 256, config.temperature, config.top_p)
 
     def __call__(self, prefixes: list[list[int]], n: list[int], budgets: list[int]) -> list[list[list[int]]]:
         results: list[list[list[int]]] = [[] for _ in prefixes]
@@ -131,7 +139,7 @@ class TransformersSampler:
 class VLLMSampler:
     """As [`TransformersSampler`], by vLLM in this process. Samples need not be the same when a run is repeated."""
 
-    def __init__(self, source: Source, config: LabelStepsConfig, share: float = 1.0):
+    def __init__(self, source: Source, config: SamplingConfig, share: float = 1.0):
         from vllm import LLM, SamplingParams
 
         if source.is_adapter:
@@ -158,4 +166,4 @@ class VLLMSampler:
         return results
 
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {"transformers": TransformersSampler, "vllm": VLLMSampler}
+SAMPLERS: dict[str, Callable[..., Sampler]] = {"transformers": TransformersSampler.load, "vllm": VLLMSampler}

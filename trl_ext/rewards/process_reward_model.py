@@ -111,6 +111,8 @@ class ProcessRewardModel:
             Revision of model and tokenizer.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that the model repository contains.
+        device (`str`, *optional*):
+            Where the model is loaded, such as `"cpu"`. Default: the trainer's device.
 
     Raises:
         `ValueError`: If an option is outside the values above.
@@ -131,6 +133,7 @@ class ProcessRewardModel:
         dtype: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        device: str | None = None,
     ):
         if score is not None and score not in _SCORES:
             raise ValueError(f"score must be one of {list(_SCORES)}, got {score!r}.")
@@ -154,6 +157,7 @@ class ProcessRewardModel:
             "revision": revision,
             "trust_remote_code": trust_remote_code,
         }
+        self.device = device
         self.model: Any = None
         self.__name__ = model.rstrip("/").split("/")[-1]
 
@@ -171,13 +175,13 @@ class ProcessRewardModel:
         return cls(**options)
 
     def load(self) -> None:
-        """Loads tokenizer and model onto the trainer's device. Doing so again changes nothing."""
+        """Loads tokenizer and model onto their device. Doing so again changes nothing."""
         if self.model is not None:
             return
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
         require_fast(self.tokenizer, self.__name__)
         self.answer_ids = self.format.answer_ids(self.tokenizer)
-        device = PartialState().device
+        device = torch.device(self.device) if self.device else PartialState().device
         options: dict[str, Any] = {"dtype": self.precision.weights}
         if self.format.objective == "regression":
             options["num_labels"] = 1  # the folder of an adapter does not say how many

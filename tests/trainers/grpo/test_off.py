@@ -76,9 +76,8 @@ def test_trl_calls_the_users_own_functions(make, monkeypatch):
     trainer.train()
     assert held and all(functions[0] is reward and functions[1] is later for functions in held)
     assert {name for stack in stacks for name in stack} <= THIN
-    # scoring and `training_step` also as those of the class that moves references, the latter also as that of the
-    # class that installs shared prefixes
-    scoring, step = ["_generate_and_score_completions"] * 2, ["training_step"] * 3
+    # scoring and `training_step` also as those of the classes that move references and share prefixes
+    scoring, step = ["_generate_and_score_completions"] * 3, ["training_step"] * 3
     expected = [*scoring, "_prepare_inputs", *step, "train"]
     assert all(stack == expected for stack in stacks), stacks[0]
     expected = make("theirs", reward_funcs=[digits])

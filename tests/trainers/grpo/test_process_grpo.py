@@ -417,7 +417,7 @@ MIXED = (
 VALUE = "Reward function 'broken' returned {v} for step 0 of completion 1; a step reward is a finite number or None."
 ADDS_UP = (
     "advantage_estimator='{}' would add up the step rewards of a completion and favour many steps. Use "
-    "'process_group_relative', or return one number (for example the minimum)."
+    "'process_group_relative', 'prime', or return one number (for example the minimum)."
 )
 
 

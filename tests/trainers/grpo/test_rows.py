@@ -7,7 +7,7 @@ import warnings
 import pytest
 from tiny import build, scripted_rollout
 
-import trl_ext.trainers.grpo.config
+import trl_ext.trainers.shared_options
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS, Estimator
 from trl_ext.papers import PAPERS
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
@@ -90,12 +90,12 @@ def test_the_help_text_lists_the_row(add, monkeypatch):
     add()
     # The help is written where the class is made: make it once more, beside the real one.
     spec = importlib.util.spec_from_file_location(
-        "trl_ext.trainers.grpo.config_once_more", trl_ext.trainers.grpo.config.__file__
+        "trl_ext.trainers.shared_options_once_more", trl_ext.trainers.shared_options.__file__
     )
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    help_text = module.GRPOConfig.__dataclass_fields__["advantage_estimator"].metadata["help"]
+    help_text = module.SharedOptions.__dataclass_fields__["advantage_estimator"].metadata["help"]
     assert all(repr(name) in help_text for name in ADVANTAGE_ESTIMATORS) and "'probe'" in help_text
     assert "'probe'" not in GRPOConfig.__dataclass_fields__["advantage_estimator"].metadata["help"]
 

@@ -71,21 +71,9 @@ def check_num_generations(options: Any) -> None:
 
 def check_advantages(options: Any) -> None:
     """Refuses options of the advantage estimator that do nothing or the wrong thing."""
-    name = options.advantage_estimator
-    if name is None:
-        refuse_without(options, ["advantage_kwargs", "reward_clip_range"], "advantage_estimator")
+    row = check_estimator(options)
+    if row is None:
         return
-    row = estimator_row(name)
-    if row.values and not options._makes_critic:
-        raise ValueError(NEEDS_CRITIC.format(name))
-    _check_estimator_options(name, row, options)
-    needed = row.completions(**(options.advantage_kwargs or {})) if row.completions is not None else 1
-    if options.num_generations < needed:
-        raise ValueError(
-            f"advantage_estimator={name!r} with advantage_kwargs={options.advantage_kwargs} needs num_generations >= "
-            f"{needed}, got {options.num_generations}."
-        )
-    _check_clip_range(options.reward_clip_range)
     if options.scale_rewards != "group":
         raise ValueError(
             f"scale_rewards={options.scale_rewards!r} is not read when advantage_estimator is set. For 'none' use "
@@ -98,8 +86,28 @@ def check_advantages(options: Any) -> None:
         )
     if row.per_token:
         refuse_per_token(options)
+
+
+def check_estimator(options: Any) -> Estimator | None:
+    """The same of those options that every trainer has. Returns the row of the estimator, if one is set."""
+    name = options.advantage_estimator
+    if name is None:
+        refuse_without(options, ["advantage_kwargs", "reward_clip_range"], "advantage_estimator")
+        return None
+    row = estimator_row(name)
+    if row.values and not options._makes_critic:
+        raise ValueError(NEEDS_CRITIC.format(name))
+    _check_estimator_options(name, row, options)
+    needed = row.completions(**(options.advantage_kwargs or {})) if row.completions is not None else 1
+    if options.num_generations < needed:
+        raise ValueError(
+            f"advantage_estimator={name!r} with advantage_kwargs={options.advantage_kwargs} needs num_generations >= "
+            f"{needed}, got {options.num_generations}."
+        )
+    _check_clip_range(options.reward_clip_range)
     if row.on_policy and options._rollouts_reused:
         warn_user(f"{name!r} is derived for exactly on-policy updates; rollouts are reused here.")
+    return row
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

@@ -4,12 +4,10 @@ from dataclasses import dataclass, field
 
 from trl.trainer.grpo_config import GRPOConfig as _GRPOConfig
 
-from ...functional.advantages import ADVANTAGE_ESTIMATORS
-from ...functional.kl import KL_ESTIMATORS
 from ..foreign import OnlyInOurTrainer, Options, warn_of_foreign_fields
-from ..input_checks import quoted
 from ..interruptions import callback_classes
 from ..reference_checks import check_reference
+from ..shared_options import SharedOptions
 from ..written import read_as_meant
 from .checks import check_advantages, check_num_generations, check_steps, check_texts, kl_choice
 from .implicit_prm import check_implicit_prm
@@ -26,7 +24,7 @@ class _AcceptedAsOne(int):
 
 
 @dataclass
-class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
+class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
     r"""
     TRL's [`~trl.GRPOConfig`] and the options below. With none of them set, training is TRL's, bit for bit.
 
@@ -102,82 +100,11 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
 
     _VALID_DICT_FIELDS = [*_GRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model", "implicit_prm"]
 
-    advantage_estimator: str | None = field(
-        default=None,
-        metadata={
-            "help": f"How rewards become advantages: {quoted(ADVANTAGE_ESTIMATORS)}, or a dotted path. Default: TRL's "
-            "own."
-        },
-    )
-    advantage_kwargs: dict | str | None = field(
-        default=None,
-        metadata={"help": 'Keyword arguments of the advantage estimator, such as \'{"weighting": "sequence"}\'.'},
-    )
-    reward_clip_range: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Lowest and highest value to which the weighted sum of a completion's rewards is clipped before "
-            "the advantage estimator sees it."
-        },
-    )
-    kl_estimator: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Estimator of KL(policy||reference) per token: {quoted([*KL_ESTIMATORS, 'exact'])}, or a dotted "
-            "path. Default: TRL's own."
-        },
-    )
-    kl_placement: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where the KL penalty acts: 'loss', 'reward', or 'sequence' (the KL of whole completions, in the "
-            "loss). Default: TRL's own, in the loss."
-        },
-    )
-    kl_target: float | None = field(
-        default=None,
-        metadata={"help": "KL in nats at which an adaptive beta is kept. Default: beta is constant."},
-    )
-    kl_horizon: float | None = field(
-        default=None,
-        metadata={
-            "help": "Completions over which the adaptive beta changes by at most about a fifth. Default: 10000."
-        },
-    )
-    kl_target_unit: str | None = field(
-        default=None,
-        metadata={"help": "Unit of kl_target: 'token' (default) or 'sequence'."},
-    )
     policy_kl_stop: float | None = field(
         default=None,
         metadata={
             "help": "KL(old||new) in nats per token above which the rest of the updates of a generation batch is "
             "skipped. Default: no bound."
-        },
-    )
-    step_separator: str = field(
-        default="\n",
-        metadata={
-            "help": "Text that ends a step of a completion, for rewards of steps. Default: %(default)r, a line break."
-        },
-    )
-    step_ends_function: str | None = field(
-        default=None,
-        metadata={"help": "Dotted path of a function that finds the last token of each step, instead of a separator."},
-    )
-    process_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the advantages from step rewards, for estimators that take it."},
-    )
-    outcome_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the advantages from outcome rewards, for estimators that take it."},
-    )
-    process_reward_model: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "A process-reward model to add to the reward functions, such as "
-            '\'{"model": "Qwen/Qwen2.5-Math-PRM-7B", "kind": "marker"}\'.'
         },
     )
     implicit_prm: dict | str | None = field(
@@ -186,10 +113,6 @@ class GRPOConfig(OnlyInOurTrainer, _GRPOConfig):
             "help": "Reward every token by an implicit process-reward model that is trained on the outcomes, such as "
             '\'{"beta": 0.05, "learning_rate": 1e-4}\'.'
         },
-    )
-    callback_paths: list[str] | None = field(
-        default=None,
-        metadata={"help": "Dotted paths of TrainerCallback classes to add to the trainer."},
     )
     shared_prefix: bool | None = field(
         default=None,

@@ -9,6 +9,11 @@ from ..input_checks import warn_user
 from ..shared_prefix import is_compiled, sharding
 from .checks import DEFAULT_ESTIMATOR, estimator_row, kl_choice, refuse_without
 
+K1_IN_LOSS = (
+    "kl_estimator='k1' in the loss is unbiased but has several times the gradient variance of 'k2' and 'k3', whose "
+    "gradient is the same in expectation."
+)
+
 
 def check_kl(options: Any) -> None:
     """Refuses options of the KL that do nothing or the wrong thing, and warns about questionable ones."""
@@ -20,7 +25,7 @@ def check_kl(options: Any) -> None:
             warn_user(
                 f"The paper of {name!r} puts k1 in the reward; with kl_placement unset the KL stays in TRL's loss."
             )
-        _check_controller(options)
+        check_controller(options)
         return
     if options.beta == 0.0:
         raise ValueError(
@@ -33,9 +38,9 @@ def check_kl(options: Any) -> None:
         raise ValueError(f"kl_placement must be 'loss', 'reward' or 'sequence', got {placement!r}.")
     if estimator != "exact":
         lookup(estimator, KL_ESTIMATORS, also=["exact"], option="kl_estimator")
-    checks = {"loss": _check_kl_in_loss, "reward": _check_kl_in_reward, "sequence": _check_kl_of_completions}
+    checks = {"loss": _check_kl_in_loss, "reward": check_kl_in_reward, "sequence": _check_kl_of_completions}
     checks[placement](options, estimator)
-    _check_controller(options)
+    check_controller(options)
 
 
 def _check_kl_in_loss(options: Any, name: str) -> None:
@@ -48,10 +53,7 @@ def _check_kl_in_loss(options: Any, name: str) -> None:
     if name == "exact":
         _check_exact(options, "kl_estimator='exact'", "Use")
     if name == "k1":
-        warn_user(
-            "kl_estimator='k1' in the loss is unbiased but has several times the gradient variance of 'k2' and 'k3', "
-            "whose gradient is the same in expectation."
-        )
+        warn_user(K1_IN_LOSS)
     if name == "k3" and not corrected:
         warn_user(
             "kl_estimator='k3' with use_bias_correction_kl=False minimises the forward KL(ref‖policy), not "
@@ -112,7 +114,8 @@ def _check_exact(options: Any, what: str, instead: str) -> None:
         )
 
 
-def _check_kl_in_reward(options: Any, name: str) -> None:
+def check_kl_in_reward(options: Any, name: str) -> None:
+    """Refuses estimators that are wrong in the reward, and advantages that cannot hold a KL."""
     if name in ("k2", "k3"):
         raise ValueError(
             f"kl_estimator={name!r} in the reward is a biased penalty that vanishes near the reference. Only 'k1' is "
@@ -140,7 +143,8 @@ def _check_kl_in_reward(options: Any, name: str) -> None:
         )
 
 
-def _check_controller(options: Any) -> None:
+def check_controller(options: Any) -> None:
+    """Refuses options of the adaptive `beta` that do nothing or the wrong thing."""
     if options.kl_target is None:
         refuse_without(options, ["kl_horizon", "kl_target_unit"], "kl_target")
         return

@@ -29,7 +29,7 @@ def kl_sums(
     ratio = (logps - old_logps).clamp(-SATURATION, SATURATION).exp()
     estimates = [ratio * estimator(logps, ref_logps) for estimator in (k1, k2, k3)]
     saturated = ((logps - ref_logps).abs() > SATURATION).float()
-    counts = [trainable.sum(), trainable.any(1).sum(), mask.new_tensor(len(mask))]
+    counts = [trainable.sum(), trainable.any(1).sum(), torch.tensor(len(mask)).to(mask.device)]
     return torch.stack([x.sum().float() for x in (per_token_kl.detach(), *estimates, saturated, *counts)])
 
 
@@ -60,9 +60,14 @@ def advantage_metrics(batch: RewardBatch, advantages: torch.Tensor, outcomes: bo
     std = math.sqrt(weighted_mean((per_token - mean).square(), weights).item())
     metrics = {"advantages/mean": mean.item(), "advantages/std": std}
     if outcomes and batch.num_generations > 1:
-        returns, scored = batch.group(batch.outcome.sum(1)), batch.group(batch.outcome_scored.any(1))
-        metrics["advantages/frac_groups_zero_std"] = is_constant(returns, scored, dim=1).double().mean().item()
+        metrics["advantages/frac_groups_zero_std"] = frac_groups_zero_std(batch)
     return metrics
+
+
+def frac_groups_zero_std(batch: RewardBatch) -> float:
+    """The fraction of prompts whose scored completions all have one reward."""
+    returns, scored = batch.group(batch.outcome.sum(1)), batch.group(batch.outcome_scored.any(1))
+    return is_constant(returns, scored, dim=1).double().mean().item()
 
 
 def step_metrics(batch: RewardBatch, step_ends: torch.Tensor, advantages: torch.Tensor) -> dict[str, Any]:

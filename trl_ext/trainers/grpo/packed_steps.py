@@ -128,9 +128,9 @@ class PackedSteps(SharesPrefixes):
         return reused and not (earlier or has_dropout(base_model(self, self.model)) or self._others(names))
 
     def _generate_and_score_completions(self, inputs):
-        iterations = self.num_iterations
-        if self._takes_old:
-            self.num_iterations = 1  # TRL leaves the old log-probs out then
+        if not self._takes_old:
+            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        iterations, self.num_iterations = self.num_iterations, 1  # TRL leaves the old log-probs out then
         try:
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         finally:
@@ -143,6 +143,8 @@ class PackedSteps(SharesPrefixes):
         return result
 
     def _compute_loss(self, model, inputs):
+        if not self._shared:
+            return super()._compute_loss(model, inputs)  # type: ignore[misc]
         first = self._takes_old and self.model.training and inputs.get(_OLD) is None
         batches = self.args.steps_per_generation
         if first and self._step % (batches * self.num_iterations) >= batches:

@@ -211,7 +211,7 @@ class RewardCalls:
         if self.row.steps == "needed" and self.names:
             with self._collecting_errors(0):
                 _ = self.cuts.ends  # needed later on, also if every function leaves a process's completions unscored
-        everywhere: list[list[_Kind]] = gather_object([self._kinds])
+        everywhere = self._of_all_processes()
         process = [index for index in range(len(self.names)) if self._is_process(index, everywhere)]
         numbers_only = all(any(kinds[i].plain for kinds in everywhere) for i in range(len(self.names)))
         if self.row.steps == "needed" and not process and numbers_only:
@@ -220,6 +220,9 @@ class RewardCalls:
                 "completion; got numbers only."
             )
         return process
+
+    def _of_all_processes(self) -> list[list[_Kind]]:
+        return gather_object([self._kinds])
 
     def _is_process(self, index: int, everywhere: list[list[_Kind]]) -> bool:
         """Whether function `index` returned lists on any process; raises what is wrong with it."""

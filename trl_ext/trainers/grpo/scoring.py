@@ -9,16 +9,24 @@ from typing import Any
 
 import torch
 
-from ...functional.rewards import RewardBatch, reward_at_end, reward_at_steps
+from ...functional.rewards import RewardBatch, reward_at_end
 from ...lookup import import_path
 from ...upstream import UpstreamChanged
 from ..foreign import Options, overriding_class, watching
 from ..input_checks import warn_user
-from .checks import FIELDS_OF_ESTIMATORS, NEEDS_CRITIC, estimator_row, names_of, refuse_per_token, takes
+from .checks import NEEDS_CRITIC, estimator_row, names_of, refuse_per_token
 from .greedy import Answers, GreedyBaseline
 from .metrics import advantage_metrics, step_metrics
 from .reward_calls import RewardCalls
 from .steps import StepCuts
+from .weighted import (
+    NOTHING_TO_CLIP,
+    SINGLE_STEPS,
+    checked_advantages,
+    options_of,
+    weighted_returns,
+    weighted_steps,
+)
 
 
 @dataclass
@@ -55,10 +63,7 @@ class Scoring:
             raise ValueError(NEEDS_CRITIC.format(self.name))
         # With an implicit process-reward model no function need give step rewards.
         self._row_of_calls = self.row._replace(steps="added") if options.implicit_prm is not None else self.row
-        self._kwargs = dict(options.advantage_kwargs or {})
-        for name in FIELDS_OF_ESTIMATORS:
-            if takes(self.row.function, name):
-                self._kwargs[name] = getattr(options, name)
+        self._kwargs = options_of(self.row, options)
         path = options.step_ends_function
         self._step_options = options.step_separator, import_path(path) if path else None
         self._baseline: GreedyBaseline | None = None
@@ -224,18 +229,9 @@ class Scoring:
         advantages = self.row.function(batch, **self._kwargs)
         if self.row.per_token is not None:
             return advantages
-        shape = batch.outcome.shape
-        if not isinstance(advantages, torch.Tensor) or advantages.shape not in (shape, shape[:1]):
-            got = tuple(advantages.shape) if isinstance(advantages, torch.Tensor) else type(advantages).__name__
-            raise ValueError(
-                f"advantage_estimator={self.name!r} returned {got}; it must return a tensor of shape (N,) or (N, T), "
-                f"here {tuple(shape[:1])} or {tuple(shape)}."
-            )
+        advantages = checked_advantages(self.name, advantages, batch)
         if advantages.dim() == 2:
             refuse_per_token(self.options)
-            advantages = advantages.where(batch.mask.bool(), 0.0)
-        if not advantages.isfinite().all():
-            raise ValueError(f"advantage_estimator={self.name!r} returned a NaN or infinite advantage.")
         return advantages
 
     def metrics(self, rollout: Rollout, batch: RewardBatch, advantages: torch.Tensor, beta: float) -> dict[str, float]:
@@ -271,23 +267,10 @@ class Scoring:
 
     def returns(self, rollout: Rollout) -> torch.Tensor:
         """Weighted sum of the rewards of each completion, `(N,)` float64, NaN where no function scored it."""
-        rewards_per_func = rollout.rewards_per_func
-        if rewards_per_func is None:
+        if rollout.rewards_per_func is None:
             raise self._changed("_generate_and_score_completions", "does not call _calculate_rewards")
-        rewards_per_func = rewards_per_func.cpu() if rewards_per_func.device.type == "mps" else rewards_per_func
-        infinite = rewards_per_func.isinf().nonzero()
-        if len(infinite):
-            row, column = infinite[0].tolist()
-            raise ValueError(
-                f"Reward function {self.trainer.reward_func_names[column]!r} returned "
-                f"{rewards_per_func[row, column].item()} for completion {row}; a reward is a finite number, or None "
-                "for a completion that cannot be scored."
-            )
-        weights = self.trainer.reward_weights.to(rewards_per_func.device, torch.float64)
-        returns = (rewards_per_func.double() * weights).nansum(1)
-        if self.options.reward_clip_range is not None:
-            returns = returns.clamp(*self.options.reward_clip_range)
-        return returns.masked_fill(rewards_per_func.isnan().all(1), torch.nan)
+        names, clip = self.trainer.reward_func_names, self.options.reward_clip_range
+        return weighted_returns(rollout.rewards_per_func, self.trainer.reward_weights, names, clip)
 
     def _steps(self, rollout: Rollout, local_mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Weighted sum of the step rewards of all process functions, and where there is one; `(N, T)` each."""
@@ -296,17 +279,8 @@ class Scoring:
         trainer, calls = self.trainer, rollout.calls
         assert calls is not None
         if self.options.reward_clip_range is not None and len(rollout.process) == len(trainer.reward_func_names):
-            raise ValueError(
-                "reward_clip_range clips the reward of a completion, but every reward function returned step rewards. "
-                "Remove it."
-            )
-        ends, width = calls.cuts.ends, local_mask.size(1)
-        _, is_end = reward_at_steps([[0.0] * len(row) for row in ends], ends, width)
-        rewards, scored = torch.zeros(is_end.shape, dtype=torch.float64), torch.zeros_like(is_end)
-        for index in rollout.process:
-            values, found = reward_at_steps(calls.steps_of(index), ends, width)
-            rewards += trainer.reward_weights[index].double().cpu() * values
-            scored |= found
+            raise ValueError(NOTHING_TO_CLIP)
+        rewards, scored, is_end = weighted_steps(calls, rollout.process, trainer.reward_weights, local_mask.size(1))
         device = local_mask.device
         rewards = self.gathered(rewards.to(device, torch.float32 if device.type == "mps" else torch.float64))
         # As numbers: padding on some of the processes only would make a bool another type there.
@@ -320,8 +294,4 @@ class Scoring:
             return
         self._warned = True
         if self.trainer.accelerator.is_main_process:
-            warn_user(
-                f"Each of the {len(step_ends)} completions of a generation batch is one step: none has "
-                f"step_separator={separator!r} between two pieces of text. Rewards of steps are rewards of whole "
-                "completions then. Set step_separator to what the policy writes between steps, or step_ends_function."
-            )
+            warn_user(SINGLE_STEPS.format(len(step_ends), "a generation batch", separator))

@@ -126,10 +126,13 @@ class StepCuts:
         steps = []
         for i, (ids, mask) in enumerate(zip(self.token_ids, self._masks, strict=True)):
             try:
-                steps.append(segment(ids, mask, self._tokenizer, *self._options))
+                steps.append(self._cut(ids, mask))
             except Exception as error:
                 raise RewardError(f"Completion {i} was not cut into steps: {describe(error)}") from error
         return steps
+
+    def _cut(self, ids: list[int], mask: list[int] | None) -> list[list[int]]:
+        return segment(ids, mask, self._tokenizer, *self._options)
 
     @functools.cached_property
     def ends(self) -> list[list[int]]:
