@@ -9,6 +9,7 @@ from tiny.prm import KINDS, LABELS, PROMPTS, STEPS, base, build, outputs_of, row
 from transformers import AutoTokenizer
 
 from trl_ext.rewards import ProcessRewardModel, StepFormat
+from trl_ext.trainers.prm import PRMConfig
 from trl_ext.trainers.prm.data import StepCollator, encoded
 
 ARGUMENTS = {"dataset_num_proc": None, "max_length": None}
@@ -24,9 +25,9 @@ def bases(tmp_path_factory):
     return {kind: base(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
 
 
-def encode(model, dataset, kind="token_classifier", last_only=False, name="train", **options):
+def encode(model, dataset, kind="token_classifier", name="train", **options):
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return encoded(dataset, name, tokenizer, StepFormat(kind), Arguments(**options), last_only)
+    return encoded(dataset, name, tokenizer, StepFormat(kind), Arguments(**options))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,6 +101,17 @@ def test_the_last_step_only_is_trained_but_all_are_measured(bases, tmp_path):
     assert sum(map(len, trainer.eval_dataset["train"]["targets"])) == 7
     last = [row["places"][-1] for row in encode(bases["token_classifier"], rows())]
     assert [places for (places,) in trainer.train_dataset["places"]] == last
+
+
+def test_steps_after_a_bad_one_are_left_out_of_training(bases, tmp_path):
+    labels = [[1.0, 0.0, 1.0], [0.5], [0.0, 1.0], [None, 0.25, 0.0]]
+    dataset = Dataset.from_dict({"prompt": PROMPTS, "completions": STEPS, "labels": labels})
+    options = {"skip_after_bad_step": True, "train_dataset": dataset, "eval_dataset": {"train": dataset}}
+    trainer = build(bases["token_classifier"], tmp_path, **options)
+    assert trainer.train_dataset["targets"] == [[1.0, 0.0], [0.5], [0.0], [0.25]]
+    assert trainer.eval_dataset["train"]["targets"] == [[1.0, 0.0, 1.0], [0.5], [0.0, 1.0], [0.25, 0.0]]
+    with pytest.raises(ValueError, match="skip_after_bad_step tells good from bad, which objective='regression'"):
+        PRMConfig(str(tmp_path), use_cpu=True, bf16=False, skip_after_bad_step=True, objective="regression")
 
 
 def test_a_conversation_is_read_as_its_text(bases):

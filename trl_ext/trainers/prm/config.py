@@ -39,6 +39,8 @@ def check_prm(options: Any) -> None:
         raise ValueError(f"max_length must be a positive whole number, or None, got {length!r}.")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0.0 < threshold <= 1.0:
         raise ValueError(f"label_threshold must be a number above 0 and at most 1, got {threshold!r}.")
+    if not objective.probability and options.skip_after_bad_step:
+        raise ValueError("skip_after_bad_step tells good from bad, which objective='regression' does not. Remove it.")
     if not objective.probability and threshold != PRMConfig.label_threshold:
         raise ValueError(
             f"label_threshold tells good from bad, which objective={options.objective!r} does not. Remove it."
@@ -72,6 +74,10 @@ class PRMConfig(OnlyInOurTrainer, _RewardConfig):
             System message before the prompt, for `"chat"`, and for `"marker"` with a chat template.
         train_on_last_step_only (`bool`, *optional*, defaults to `False`):
             Whether a row is trained on its last step alone. Evaluation keeps all labels.
+        skip_after_bad_step (`bool`, *optional*, defaults to `False`):
+            Whether training leaves out the steps whose predecessor is labelled bad. For labels from rollouts, which
+            say whether a prefix can still end well: of a line behind the first error they say nothing. Evaluation
+            keeps all labels.
         label_threshold (`float`, *optional*, defaults to `0.5`):
             Smallest soft label that counts as good, in metrics.
         callback_paths (`str` or `list[str]`, *optional*):
@@ -100,6 +106,10 @@ class PRMConfig(OnlyInOurTrainer, _RewardConfig):
     )
     train_on_last_step_only: bool = field(
         default=False, metadata={"help": "Train on the last step of each row alone; evaluation keeps all labels."}
+    )
+    skip_after_bad_step: bool = field(
+        default=False,
+        metadata={"help": "Leave the steps after a bad one out of training, for labels from rollouts."},
     )
     label_threshold: float = field(
         default=0.5, metadata={"help": "Smallest soft label that counts as good, in metrics."}

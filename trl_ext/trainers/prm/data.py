@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, Features, Sequence, Value
@@ -23,6 +23,35 @@ _FEATURES = Features(
         "cut": Value("int32"),
     }
 )
+
+
+class Selection(NamedTuple):
+    """
+    Which labels of a row are kept; the others become `None`.
+
+    Args:
+        last_only (`bool`):
+            The last step's alone.
+        after_good_only (`bool`):
+            Those of steps whose predecessor is not labelled bad, or has no label: of the step after a dead prefix,
+            what was rolled out says nothing.
+        threshold (`float`):
+            Smallest label that counts as good.
+    """
+
+    last_only: bool = False
+    after_good_only: bool = False
+    threshold: float = 0.5
+
+    def of(self, labels: list) -> list:
+        kept = [label if j == len(labels) - 1 or not self.last_only else None for j, label in enumerate(labels)]
+        if self.after_good_only:
+            bad = [label is not None and label < self.threshold for label in [1.0, *labels]]
+            kept = [None if follows_bad else label for label, follows_bad in zip(kept, bad, strict=False)]
+        return kept
+
+
+ALL = Selection()
 
 
 def check_labels(steps: Any, labels: Any, row: int, name: str, probability: bool) -> None:
@@ -61,16 +90,15 @@ def encode(
     tokenizer: Any,
     step_format: StepFormat,
     max_length: int | None,
-    last_only: bool,
+    selection: "Selection",
     name: str,
 ) -> dict[str, Any]:
     """A row as the model reads it: its ids, the places of its labelled steps, their labels, and how many were cut."""
     labels, probability = row["labels"], STEP_OBJECTIVES[step_format.objective].probability
     check_labels(row["completions"], labels, index, name, probability)
     ids, places = step_format.encode(tokenizer, row["prompt"], row["completions"])
+    labels = selection.of(labels)
     steps = [(place, float(label)) for place, label in zip(places, labels, strict=True) if label is not None]
-    if last_only:
-        steps = steps[-1:] if labels and labels[-1] is not None else []
     kept = [step for step in steps if max_length is None or step[0] < max_length]
     return {
         "input_ids": ids[:max_length],
@@ -80,7 +108,9 @@ def encode(
     }
 
 
-def encoded(dataset: Any, name: str, tokenizer: Any, step_format: StepFormat, args: Any, last_only: bool) -> Any:
+def encoded(
+    dataset: Any, name: str, tokenizer: Any, step_format: StepFormat, args: Any, selection: Selection = ALL
+) -> Any:
     """
     The data set with [`ENCODED`] as its columns, without the rows of which no label is left. Once encoded, as it is.
 
@@ -91,7 +121,7 @@ def encoded(dataset: Any, name: str, tokenizer: Any, step_format: StepFormat, ar
         return dataset
     require_columns(dataset, name, COLUMNS)
     options = {
-        "tokenizer": tokenizer, "step_format": step_format, "max_length": args.max_length, "last_only": last_only,
+        "tokenizer": tokenizer, "step_format": step_format, "max_length": args.max_length, "selection": selection,
         "name": name,
     }  # fmt: skip
     here, other = {}, {}

@@ -20,7 +20,7 @@ from ..interruptions import Interruptible, add_callbacks
 from ..model_card import add_model_tag, model_card_with_options
 from .card import show_scoring
 from .config import PRMConfig, step_format
-from .data import ENCODED, IGNORED, StepCollator, check_rows, encoded
+from .data import ALL, ENCODED, IGNORED, Selection, StepCollator, check_rows, encoded
 from .models import load, one_output
 
 
@@ -89,9 +89,10 @@ class PRMTrainer(Interruptible, _RewardTrainer):
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        last_only = self._options.train_on_last_step_only and dataset is self._trained_rows
+        options, trained = self._options, dataset is self._trained_rows
         self._trained_rows = None  # TRL prepares these first; they may be evaluated on, too
-        return encoded(dataset, dataset_name, processing_class, self._format, args, last_only)
+        selection = Selection(options.train_on_last_step_only, options.skip_after_bad_step, options.label_threshold)
+        return encoded(dataset, dataset_name, processing_class, self._format, args, selection if trained else ALL)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
