@@ -36,7 +36,7 @@ SLOW = {
     "docs/async.md": 1,
     "docs/methods/preference.md": 2,
     "docs/methods/process_rewards.md": 1,
-    "docs/methods/reward_models.md": 2,
+    "docs/methods/reward_models.md": 3,
     "docs/quantization.md": 1,
 }
 

@@ -245,7 +245,7 @@ def test_a_process_reward_model_whose_tokenizer_drops_the_ends_of_steps_is_refus
             return None if character > 30 else 0
 
     class Tokenizer:
-        chat_template = None
+        name_or_path, chat_template = "some/prm", None
 
         def __call__(self, text, **kwargs):
             return Encoded(input_ids=[1])
