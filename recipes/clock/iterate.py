@@ -22,7 +22,7 @@ from recipes.clock.accuracy import accuracy, read_rows, write_completions
 from recipes.clock.step_data import HARD, labelled_steps
 from recipes.clock.task import process_reward
 from trl_ext import GRPOConfig, GRPOTrainer, PRMConfig, PRMTrainer
-from trl_ext.rewards import ImplicitReward
+from trl_ext.rewards.implicit_reward import ImplicitReward
 
 PROMPTS, SAMPLES, REPLAYED = 250, 8, 0.1
 QUIET = {
