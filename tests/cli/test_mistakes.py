@@ -87,7 +87,10 @@ def test_config_with_an_equals_sign_is_the_same(folder):
         ({"kl_estimator": False}, "kl_estimator is no switch, got False. For its default leave it out, or write"),
         ({"advantage_estimator": True}, "advantage_estimator is no switch, got True."),
         ({"process_reward_model": False}, "process_reward_model is no switch, got False."),
-        ({"advantage_estimator": "reinforce++"}, "advantage_estimator 'reinforce++' is neither one of ['best_of_group', 'gae'"),
+        (
+            {"advantage_estimator": "reinforce++"},
+            "advantage_estimator 'reinforce++' is neither one of ['best_of_group', 'gae'",
+        ),
         ({"advantage_estimator": "reinforce++"}, "; did you mean 'reinforce_plus_plus'?"),
         ({"kl_estimator": "k4"}, "kl_estimator 'k4' is neither one of ['exact', 'k1', 'k2', 'k3'] nor a dotted path"),
         ({"kl_estimator": "exakt"}, "; did you mean 'exact'?"),

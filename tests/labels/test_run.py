@@ -246,7 +246,7 @@ def test_an_adapter_is_read_with_its_base(given, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "vllm", fake_vllm([]))
         with pytest.raises(ValueError, match="backend='vllm' reads no adapter folder"):
-            label(given, "vllm", limit=2, completer=path, backend="vllm")
+            label(given, "adapter_in_vllm", limit=2, completer=path, backend="vllm")  # no folder "vllm" to import
 
 
 # vLLM, by a module that has the part of its interface that is used
