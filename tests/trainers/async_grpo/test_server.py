@@ -128,7 +128,8 @@ def test_a_script_of_trls_runs_with_our_options_and_goes_on(tmp_path):
     folders = [tmp_path / f"out/checkpoint-{step}" for step in (1, 2, 3)]
     betas = [json.loads((folder / "trl_ext_state.json").read_text())["beta"] for folder in folders]
     positions = [json.loads((folder / "rollout_state.json").read_text())["prompt_index"] for folder in folders]
-    assert len({*betas}) == 3 and positions[0] < positions[1] < positions[2]
+    # Rollouts run ahead of the steps, so that two steps may end at one place.
+    assert len({*betas}) == 3 and 0 < positions[0] <= positions[1] <= positions[2]
     log = json.loads((folders[-1] / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log] == [1, 2, 3]
     assert log[2]["kl/beta"] == pytest.approx(betas[1]), "the next one, of the checkpoint"
