@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.clock.accuracy import accuracy, read_rows, write_completions
+from recipes.clock.rounds import parser_of, play_rounds
 from recipes.clock.step_data import HARD, labelled_steps
 from recipes.clock.task import process_reward
 from trl_ext import GRPOConfig, GRPOTrainer, PRMConfig, PRMTrainer
@@ -117,19 +118,8 @@ def play_round(number: int, output: Path, args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Iterative GRPO with a reward model that learns between the rounds.")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of GRPO")
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps of each")
-    parser.add_argument("--seed", type=int, default=1, help="seed of everything")
-    parser.add_argument("--output", type=Path, default=Path("outputs/iterate"), help="folder to write")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # sums depend on the number of threads
-    rounds = []
-    for number in range(args.rounds + 1):
-        done = args.output / f"round_{number}/found.json"
-        rounds.append(json.loads(done.read_text()) if done.exists() else play_round(number, args.output, args))
-        print(f"round {number}: " + ", ".join(f"{name} {value:.3f}" for name, value in rounds[-1].items()), flush=True)
-    (args.output / "rounds.json").write_text(json.dumps(rounds, indent=1))
+    description = "Iterative GRPO with a reward model that learns between the rounds."
+    play_rounds(play_round, parser_of(description, steps=40, output="outputs/iterate").parse_args())
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ import json
 import random
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.clock.accuracy import accuracy, read_rows
 from recipes.clock.pairs import preference_pairs
+from recipes.clock.rounds import parser_of, play_rounds
 from trl_ext import DPOConfig, DPOTrainer
 
 HERE = Path(__file__).parent
@@ -61,22 +61,12 @@ def play_round(number: int, output: Path, args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Iterative preference training on pairs of the policy's own answers.")
+    description = "Iterative preference training on pairs of the policy's own answers."
+    parser = parser_of(description, steps=50, output="outputs/iterate_pairs")
     parser.add_argument("--loss", default="psipo_identity", help="a loss of trl_ext or of TRL")
     parser.add_argument("--beta", type=float, default=0.1, help="beta of the loss; τ of IPO")
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of training")
-    parser.add_argument("--steps", type=int, default=50, help="optimiser steps of each")
-    parser.add_argument("--seed", type=int, default=1, help="seed of everything")
-    parser.add_argument("--output", type=Path, default=Path("outputs/iterate_pairs"), help="folder to write")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # sums depend on the number of threads
-    rounds = []
-    for number in range(args.rounds + 1):
-        done = args.output / f"round_{number}/found.json"
-        rounds.append(json.loads(done.read_text()) if done.exists() else play_round(number, args.output, args))
-        print(f"round {number}: " + ", ".join(f"{name} {value:.3f}" for name, value in rounds[-1].items()), flush=True)
-    (args.output / "rounds.json").write_text(json.dumps(rounds, indent=1))
+    parser.add_argument("--learning_rate", type=float, default=3e-4, help="constant learning rate")
+    play_rounds(play_round, parser.parse_args())
 
 
 if __name__ == "__main__":
