@@ -202,14 +202,15 @@ def test_what_a_function_raises_is_the_cause_of_one_sentence(train, function, me
 def test_a_reward_model_that_raises_is_named(tiny_model, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    model.config._name_or_path = "judges/rm"
     trainer = tiny.train(*OURS, tiny_model, tmp_path, reward_funcs=[model], **ON)
-    rewards = torch.tensor(trainer._logs["rewards"]["rm"])
+    rewards = torch.tensor(trainer._logs["rewards"]["model"])
     assert rewards.std() > 0 and trainer.reward_funcs == [model]
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     model.score.register_forward_pre_hook(lambda *args: 1 / 0)
     trainer = tiny.build(*OURS, tiny_model, tmp_path, reward_funcs=[model], **ON)
-    with pytest.raises(RuntimeError, match=r"^Reward model 'rm' raised ZeroDivisionError: division by zero$") as error:
+    with pytest.raises(
+        RuntimeError, match=r"^Reward model 'model' raised ZeroDivisionError: division by zero$"
+    ) as error:
         trainer.train()
     assert isinstance(error.value.__cause__, ZeroDivisionError)
 

@@ -84,7 +84,7 @@ def test_a_file_that_is_being_written_and_a_folder_that_cannot_be_are_no_faults(
         pass
 
 
-@pytest.mark.parametrize("kind", ["GRPO", "DPO"])
+@pytest.mark.parametrize("kind", ["GRPO", pytest.param("DPO", marks=pytest.mark.slow)])
 def test_every_trainer_announces_its_run_and_takes_the_file_away(tiny_model, tmp_path, other, kind):
     seen = []
 
@@ -166,7 +166,7 @@ class FullDisk(TrainerCallback):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, of Linux")
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trl_ext_state.json"])
+@pytest.mark.parametrize("file", ["optimizer.pt", pytest.param("trl_ext_state.json", marks=pytest.mark.slow)])
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_goes_on(tiny_model, tmp_path, file):
     options = {
         "advantage_estimator": "reinforce_plus_plus", "kl_placement": "reward", "beta": 0.1, "kl_target": 0.01,

@@ -45,7 +45,8 @@ def announced(folder: str | Path, is_writer: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        own.unlink(missing_ok=True)
+        with suppress(OSError):
+            own.unlink()
 
 
 def _look_at(path: Path, host: str) -> None:
