@@ -156,7 +156,7 @@ def build(
 ):
     """A trainer on `device`: float32, or, with `four_bit`, an adapter in bfloat16 over 4-bit weights."""
     trainer_class, config_class = classes
-    given = {}
+    given = {"processing_class": PreTrainedTokenizerFast.from_pretrained(model)}  # not the one of the model's type
     if four_bit or lora:
         given["peft_config"] = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     if four_bit:
@@ -337,7 +337,9 @@ def cost(classes, kind, model, folder, size, device, steps, **options) -> tuple[
         torch.cuda.reset_peak_memory_stats()
     trainer = build(classes, kind, model, folder, size, device, max_steps=steps, **options)
     times = _step_times(trainer, device)
-    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(math.isfinite(entry["loss"]) for entry in entries)
+    assert any(entry["grad_norm"] > 0 for entry in entries), "nothing was trained"
     peak = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else float("nan")
     return 1000 * statistics.median(times[2:]), peak
 

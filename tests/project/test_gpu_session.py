@@ -10,8 +10,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "scripts"))
 import gpu_session
 
-QUICK = "REINFORCE++,SimPO"
-
 
 @pytest.fixture(autouse=True)
 def plain_four_bit(monkeypatch):
@@ -25,22 +23,21 @@ def run(out, *words):
 
 
 def test_a_feature_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(gpu_session.STEPS, "IPO", ("no class", "dpo", {"loss_type": ["sigmoid"]}))
-    status, results, page = run(tmp_path / "session.json", "--only", f"IPO,{QUICK}")
-    assert status == 1 and [*results["parts"]] == ["IPO", "REINFORCE++", "SimPO"]
-    assert "| IPO | – | failed: TypeError: " in page
-    for name in QUICK.split(","):
-        for weights in ("LoRA", "4-bit"):
-            both = results["parts"][name]["result"][weights]
-            assert both["trl"]["ms"] > 0 and both["ours"]["ms"] > 0
-            assert f"| {name} | {weights} | " in page
+    out, words = tmp_path / "session.json", ("--only", "IPO,REINFORCE++")
+    with monkeypatch.context() as broken:
+        broken.setitem(gpu_session.STEPS, "IPO", ("no class", "no kind", {}))
+        status, results, page = run(out, *words)
+    assert status == 1 and [*results["parts"]] == ["IPO", "REINFORCE++"]
+    assert "| IPO | – | failed: KeyError: 'no kind' |" in page
+    for weights in ("LoRA", "4-bit"):
+        both = results["parts"]["REINFORCE++"]["result"][weights]
+        assert both["trl"]["ms"] > 0 and both["ours"]["ms"] > 0
+        assert f"| REINFORCE++ | {weights} | " in page
     # A second call does what is missing, and nothing else.
-    monkeypatch.undo()
-    for name in QUICK.split(","):
-        monkeypatch.setitem(gpu_session.STEPS, name, "not run again")
-    monkeypatch.setattr(gpu_session, "steps_of", lambda name, *a: results["parts"]["SimPO"]["result"])
-    status, again, page = run(tmp_path / "session.json", "--only", f"IPO,{QUICK}")
-    assert status == 0 and "failed" not in page
+    measured = []
+    monkeypatch.setattr(gpu_session, "steps_of", lambda name, *a: measured.append(name) or {"LoRA": both})
+    status, again, page = run(out, *words)
+    assert status == 0 and measured == ["IPO"] and "| IPO | LoRA | " in page and "failed" not in page
     assert again["parts"]["REINFORCE++"] == results["parts"]["REINFORCE++"]
 
 
