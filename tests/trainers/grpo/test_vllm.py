@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import tiny.dpo as tiny_dpo
 import torch
+from peft import LoraConfig
 from tiny import assert_same_weights, build, digits, logged, weights
 from tiny.fake_vllm import Engine, install
 
@@ -283,6 +284,13 @@ def test_the_engine_has_the_policys_weights_at_every_step(make, tiny_model, poli
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     names = {name.replace(".base_layer", "") for name, _ in base.named_parameters() if "lora_" not in name}
     assert engine.synced == [names] * 3
+
+
+def test_a_second_copy_of_modules_that_are_trained_whole_is_refused_before_a_model_loads(tmp_path):
+    args = GRPOConfig(str(tmp_path), use_vllm=True, ref_refresh_steps=2, kl_estimator="k3", beta=0.1, bf16=False)
+    adapter = LoraConfig(modules_to_save=["norm"])
+    with pytest.raises(ValueError, match=r"whose copies of modules_to_save=\['norm'\] TRL would send to vLLM, which"):
+        GRPOTrainer(model="no/such-model", reward_funcs=digits, args=args, peft_config=adapter)
 
 
 def test_an_engine_with_the_weights_of_the_step_before_would_be_seen(make, monkeypatch):
