@@ -25,23 +25,26 @@ def trl_ext_here(monkeypatch, capfd, *words: str) -> subprocess.CompletedProcess
     capfd.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr("accelerate.commands.launch.launch_command", launched.append)
-        code = cli.main([*words])
+        code = _code_of(cli.main, [*words])
         for args in launched:
             assert args.module and args.training_script == "trl_ext" and code == 0
             patch.setattr(sys, "argv", ["trl_ext", *args.training_script_args])
             patch.setattr(sys, "excepthook", sys.excepthook)
             patch.setattr(sys, "path", [*sys.path])
             patch.setitem(sys.modules, "__main__", sys.modules["__main__"])
-            try:
-                __main__.main()
-            except SystemExit as end:
-                code = end.code
-            finally:
-                trl_ext.unregister()
+            code = _code_of(__main__.main)
+            trl_ext.unregister()
     for name in [name for name in set(sys.modules) - there if _is_the_users(sys.modules[name])]:
         del sys.modules[name]  # another test's user has another of this name
     printed = capfd.readouterr()
-    return subprocess.CompletedProcess(["trl-ext", *words], code or 0, printed.out, printed.err)
+    return subprocess.CompletedProcess(["trl-ext", *words], code, printed.out, printed.err)
+
+
+def _code_of(main, *args) -> int:
+    try:
+        return main(*args) or 0
+    except SystemExit as end:
+        return end.code or 0
 
 
 def _is_the_users(module) -> bool:
