@@ -47,10 +47,8 @@ class Dies(GRPOTrainer):
 def trained(trainer_class, model: str, folder: Path, world_size: int, resume=None, **options) -> dict:
     """With the same rows in each step, whatever the number of processes."""
     rows = {1: 4, 2: 4, 4: 2}[world_size]
-    trainer = build(
-        trainer_class, GRPOConfig, model, folder, per_device_train_batch_size=rows,
-        gradient_accumulation_steps=BATCH // rows // world_size, **{**OPTIONS, **options},
-    )  # fmt: skip
+    batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": BATCH // rows // world_size}
+    trainer = build(trainer_class, GRPOConfig, model, folder, **{**OPTIONS, **batch, **options})
     assert trainer.accelerator.num_processes == world_size
     trainer.train(resume_from_checkpoint=resume)
     return {
@@ -59,6 +57,11 @@ def trained(trainer_class, model: str, folder: Path, world_size: int, resume=Non
         "beta": trainer.beta,
         "log": logged(trainer),
     }
+
+
+def run(model: str, folder: Path, world_size: int) -> dict:
+    """Nobody is killed: checkpoints of as many processes, for another number."""
+    return trained(GRPOTrainer, model, folder / "run", world_size)
 
 
 if __name__ == "__main__":

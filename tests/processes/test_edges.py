@@ -1,6 +1,4 @@
-"""Two processes where the batches do not come out even; and the launch files of `recipes/accelerate`."""
-
-from pathlib import Path
+"""Two processes where the batches do not come out even."""
 
 import launch
 import pytest
@@ -8,7 +6,6 @@ import torch
 import two_processes_edges
 from two_processes_edges import DPO, GRPO
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 

@@ -14,9 +14,8 @@ import killed_worker
 import psutil
 import pytest
 import torch
+from killed_worker import GRPOTrainer, trained
 from transformers import AutoModelForCausalLM
-
-pytestmark = pytest.mark.slow
 
 
 def launched(model, folder, processes, *words):
@@ -27,7 +26,7 @@ def launched(model, folder, processes, *words):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp2")])
 def killed(request, tiny_model, tmp_path_factory):
     """The folder of a killed run, the words that choose its engine, and how the launcher ended."""
     folder, words = tmp_path_factory.mktemp(request.param), [request.param] * (request.param != "ddp")
@@ -64,22 +63,27 @@ def test_as_many_processes_go_on_bit_for_bit(killed, tiny_model, tmp_path):
     assert [entry["step"] for entry in results[0]["log"]] == [1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("processes", [1, 4])
-def test_another_number_of_processes_goes_on_with_the_same_rows(killed, tiny_model, tmp_path, processes):
-    if processes == 1:
-        if killed[1]:
-            pytest.skip("one process divides nothing")
-        shutil.copytree(killed[0] / "run", tmp_path / "run")
-        result = killed_worker.trained(killed_worker.GRPOTrainer, tiny_model, tmp_path / "run", 1, resume=True)
-        whole = torch.load(killed[0] / "whole-0.pt")
-    else:
-        results, wholes = resumed(killed, tiny_model, tmp_path, processes)
-        result, whole = results[0], wholes[0]
+def check(result, whole, model):
     assert result["beta"] == pytest.approx(whole["beta"], rel=1e-6)
     for name, weight in whole["weights"].items():
         torch.testing.assert_close(result["weights"][name], weight, atol=1e-6, rtol=0, msg=name)
-    start = AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters()
+    start = AutoModelForCausalLM.from_pretrained(model).named_parameters()
     assert max((whole["weights"][name] - weight).abs().max() for name, weight in start) > 1e-2
     for ours, theirs in zip(result["log"], whole["log"], strict=True):
         for name in ("reward", "kl", "kl/beta", "loss", "advantages/std"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
+
+
+def test_four_processes_go_on_from_two_with_the_same_rows(killed, tiny_model, tmp_path):
+    results, wholes = resumed(killed, tiny_model, tmp_path, 4)
+    check(results[0], wholes[0], tiny_model)
+
+
+def test_one_process_goes_on_from_two_with_the_same_rows(pair, tiny_model, tmp_path, recwarn):
+    whole = pair.run(killed_worker, tiny_model, tmp_path)[0]
+    checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    check(trained(GRPOTrainer, tiny_model, tmp_path / "run", 1, resume=checkpoint), whole, tiny_model)
+    rows = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    assert not [w for w in recwarn if "rows in each" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"8 rows in each optimizer step \(processes: 2\), this run has 4 \("):
+        trained(GRPOTrainer, tiny_model, tmp_path / "run", 1, resume=checkpoint, **rows)

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 KINDS = {"one_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "fsdp2_lora": "FSDP"}
 KINDS |= {"deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
+# Those that are run below, and what their model is wrapped in.
+WRAPPED = {"one_gpu": "Qwen3", "ddp": "DistributedDataParallel", "fsdp2": "FSDPQwen3", "fsdp2_lora": "FSDPPeft"}
 FILES = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
@@ -35,6 +37,7 @@ def test_accelerate_reads_the_file(name):
         assert config.deepspeed_config["zero_stage"] == int(kind[-1])
     assert text.startswith("#") and len(text.splitlines()) <= 40
     assert f"--config_file recipes/accelerate/{name}.yaml" in text
+    assert ("\n# Run to the end: " in text) == (name in WRAPPED), "the header says whether anyone has"
 
 
 def settings(path):
@@ -61,9 +64,6 @@ def launched(name, model, folder, processes):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-8000:]
     return torch.load(folder / f"0of{processes}.pt")
-
-
-WRAPPED = {"one_gpu": "Qwen3", "ddp": "DistributedDataParallel", "fsdp2": "FSDPQwen3", "fsdp2_lora": "FSDPPeft"}
 
 
 @pytest.mark.slow
