@@ -5,7 +5,7 @@ import subprocess
 
 from accelerate.commands import launch
 
-from . import COMMANDS
+from .commands import COMMANDS
 
 
 def launch_training_script(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:

@@ -15,9 +15,10 @@ from trl.scripts.utils import TrlParser
 from ..functional.preference import PREFERENCE_LOSSES, UNPAIRED_LOSSES
 from ..lookup import did_you_mean, import_path
 from ..trainers.dpo.losses import TRL_LOSSES
+from .help import arrange
 from .launch import refuse_stray_words
+from .values import GRPO_LOSSES
 
-GRPO_LOSSES = ["bnpo", "cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo"]
 _REWARDS = sorted(name for name in trl.rewards.__all__ if name.endswith(("_reward", "_punishment")))
 _WITH_OUR_OPTIONS = ("grpo", "dpo", "kto")
 
@@ -36,6 +37,8 @@ def parser_class(seen: dict[str, Any] | None = None) -> type:
             super().__init__(*args, prog=prog.replace("trl", "trl-ext", 1), **kwargs)
             # vLLM has options that neither TRL nor we know; TRL passes them on.
             self.strict = "vllm-serve" not in prog
+            if self.strict:
+                arrange(self, self.prog.partition(" ")[2])
 
         def set_defaults_with_config(self, **config):
             if self.strict:
@@ -65,7 +68,7 @@ def parser_class(seen: dict[str, Any] | None = None) -> type:
 
 def _refuse_unknown(parser: argparse.ArgumentParser, names: list[str]) -> None:
     """Refuses names that are options neither of the command nor of `accelerate launch`."""
-    theirs = [*_options(launch_command_parser()), "accelerate_config"]
+    theirs = [*long_options(launch_command_parser()), "accelerate_config"]
     for name in names:
         plain = name.replace("-", "_")
         if plain in theirs:
@@ -74,18 +77,18 @@ def _refuse_unknown(parser: argparse.ArgumentParser, names: list[str]) -> None:
         other = next((command for command in others if name in _options_of_command(command)), None)
         if other is not None:
             raise ValueError(f"{name!r} is an option of `trl-ext {other}`, not of `{parser.prog}`.")
-        closest = difflib.get_close_matches(plain, [*_options(parser), *theirs, "config"], n=1)
+        closest = difflib.get_close_matches(plain, [*long_options(parser), *theirs, "config"], n=1)
         hint = f"did you mean {closest[0]!r}?" if closest else f"see `{parser.prog} --help`."
         raise ValueError(f"there is no option {name!r} for `{parser.prog}` or `accelerate launch`; {hint}")
 
 
-def _options(parser: argparse.ArgumentParser) -> list[str]:
-    """Long options, as they are written in YAML."""
+def long_options(parser: argparse.ArgumentParser) -> list[str]:
+    """Names of the options that are written with two hyphens, as they stand in YAML."""
     return [option[2:].replace("-", "_") for option in parser._option_string_actions if option.startswith("--")]
 
 
 def _options_of_command(command: str) -> list[str]:
-    return _options(importlib.import_module(f"trl.scripts.{command}").make_parser(prog=f"trl {command}"))
+    return long_options(importlib.import_module(f"trl.scripts.{command}").make_parser(prog=f"trl {command}"))
 
 
 def _without_accelerate_config(words: list[str]) -> list[str]:
@@ -115,7 +118,10 @@ def _naming_the_mapping(parser: argparse.ArgumentParser, args: Any) -> Iterator[
 
 def _check_values(prog: str, part: Any) -> None:
     """Refuses in a part of the parsed arguments what TRL finds out after a model has loaded, or with a traceback."""
-    for name in getattr(part, "reward_funcs", None) or []:
+    rewards = getattr(part, "reward_funcs", None) or []
+    if isinstance(rewards, str):
+        raise ValueError(f"reward_funcs must be a list, got {rewards!r}; write reward_funcs: [{rewards}].")
+    for name in rewards:
         if "." in name:
             import_path(name, "reward_funcs")
         elif name not in _REWARDS:
