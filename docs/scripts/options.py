@@ -50,7 +50,7 @@ SET_ALONE: dict[str, dict[str, Any]] = {
         "ref_refresh_alpha": 0.5, "ref_refresh_optimizer": True, "ref_total_kl": True, "policy_kl_stop": 0.1,
     },
     "dpo": {
-        "psi": "identity", "preference_prob_column": "p", "chosen_reward_column": "c", "rejected_reward_column": "r",
+        "psi": "identity", "chosen_reward_column": "c", "rejected_reward_column": "r",
         "reward_margin_scale": 2.0, "loss_kwargs": {"psipo_logit": {"eps": 0.1}}, "ref_refresh_kl": 0.1,
         "ref_refresh_alpha": 0.5, "ref_refresh_optimizer": True,
     },

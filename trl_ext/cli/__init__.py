@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -46,12 +47,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str], undo: ExitStack) -> int:
     """Runs a command that exists."""
-    from .words import checked_words
+    from .words import checked_words, without_dry_run
 
     seen: dict[str, Any] = {}
     try:
-        argv = checked_words(argv)
-        warnings.simplefilter("ignore")  # this process only parses; the workers parse again and warn
+        argv, dry_run = without_dry_run(checked_words(argv))
+        # This process only parses; the workers parse again and warn.
+        warnings.simplefilter("ignore", FutureWarning if dry_run else Warning)
         undo.enter_context(register())
         import trl
         from trl.cli import accelerate_launcher
@@ -59,7 +61,12 @@ def _run(argv: list[str], undo: ExitStack) -> int:
         from .launch import launch_training_script
         from .parser import parser_class
 
-        _set(undo, accelerate_launcher, "launch_training_script", launch_training_script)
+        launcher: Any = launch_training_script
+        if dry_run:
+            from . import dry_run as rehearsed
+
+            launcher = partial(rehearsed.launch_training_script, seen)
+        _set(undo, accelerate_launcher, "launch_training_script", launcher)
         _set(undo, trl, "TrlParser", parser_class(seen))
         for name in COMMANDS:  # TRL looks for the script of a command in `trl.scripts`
             if name in argv:

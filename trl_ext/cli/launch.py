@@ -1,9 +1,11 @@
 """The worker processes: `accelerate launch … -m trl_ext <TRL's script> …`."""
 
 import importlib.resources
+import logging
 import subprocess
 
 from accelerate.commands import launch
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from .commands import COMMANDS
 
@@ -34,6 +36,20 @@ def refuse_stray_words(words: list[str]) -> None:
         raise ValueError(
             f"{args.training_script!r} is neither an option nor the value of one. A YAML file is given with --config."
         )
+
+
+def number_of_processes(words: list[str]) -> int:
+    """How many workers `accelerate launch` starts with these words, on all machines."""
+    words = _flags_without_values(resolve_accelerate_config_argument(words))
+    logger = logging.getLogger(launch.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it says once more, when it starts them, what it has chosen
+    try:
+        args = launch.launch_command_parser().parse_args([*words, "-m", "trl_ext", "script.py"])
+        args, *_ = launch._validate_launch_command(args)
+    finally:
+        logger.setLevel(level)
+    return max(1, args.num_processes or 1)
 
 
 def _flags_without_values(words: list[str]) -> list[str]:

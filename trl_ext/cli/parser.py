@@ -4,19 +4,23 @@ import argparse
 import difflib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
+from unittest import mock
 
 import trl.rewards
 from accelerate.commands.launch import launch_command_parser
+from transformers import TrainingArguments
 from trl.scripts.utils import TrlParser
 
 from ..functional.preference import PREFERENCE_LOSSES, UNPAIRED_LOSSES
 from ..lookup import did_you_mean, import_path
+from ..scripts.as_meant import as_meant
 from ..trainers.dpo.losses import TRL_LOSSES
 from .help import arrange
-from .launch import refuse_stray_words
+from .launch import number_of_processes, refuse_stray_words
 from .values import GRPO_LOSSES
 
 _REWARDS = sorted(name for name in trl.rewards.__all__ if name.endswith(("_reward", "_punishment")))
@@ -29,7 +33,7 @@ def parser_class(seen: dict[str, Any] | None = None) -> type:
 
     Args:
         seen (`dict[str, Any]`, *optional*):
-            Gets the `output_dir` of the run once it is known.
+            Gets the `output_dir` of the run once it is known, what was parsed, and the number of processes.
     """
 
     class Parser(TrlParser):
@@ -40,6 +44,8 @@ def parser_class(seen: dict[str, Any] | None = None) -> type:
             if self.strict:
                 arrange(self, self.prog.partition(" ")[2])
 
+        for_launcher: Sequence[str] = ()  # words for `accelerate launch` from the YAML file
+
         def set_defaults_with_config(self, **config):
             if self.strict:
                 _refuse_unknown(self, [name for name in config if name not in {a.dest for a in self._actions}])
@@ -48,22 +54,37 @@ def parser_class(seen: dict[str, Any] | None = None) -> type:
                 for item in value if isinstance(value, list) else [value]:
                     if action.choices and item is not None and str(item) not in map(str, action.choices):
                         raise ValueError(f"{action.dest} must be one of {list(action.choices)}, got {item!r}.")
-            return super().set_defaults_with_config(**config)
+            self.for_launcher = super().set_defaults_with_config(**config)
+            return self.for_launcher
 
         def parse_args_into_dataclasses(self, args=None, **kwargs):
-            if self.strict:
-                _, unknown = self.parse_known_args(args)
-                _refuse_unknown(self, [word.partition("=")[0][2:] for word in unknown if word.startswith("--")])
-                refuse_stray_words(_without_accelerate_config(unknown))
-            with _naming_the_mapping(self, args):
+            processes = self.checked(args) if self.strict else 1
+            with _naming_the_mapping(self, args), one_of(processes):
                 parsed = super().parse_args_into_dataclasses(args=args, **kwargs)
-            for part in parsed:
+            parts = tuple(part for part in parsed if is_dataclass(part))
+            for part in parts:
                 _check_values(self.prog, part)
-                if seen is not None and hasattr(part, "output_dir"):
-                    seen["output_dir"] = part.output_dir
+            as_meant(parts)
+            if seen is not None:
+                seen.update(parts=parts, processes=processes)
+                seen["output_dir"] = next((part.output_dir for part in parts if hasattr(part, "output_dir")), None)
             return parsed
 
+        def checked(self, args) -> int:
+            """Refuses words that nobody reads. Returns the number of processes that the launcher's ask for."""
+            _, unknown = self.parse_known_args(args)
+            _refuse_unknown(self, [word.partition("=")[0][2:] for word in unknown if word.startswith("--")])
+            refuse_stray_words(_without_accelerate_config(unknown))
+            return number_of_processes([*self.for_launcher, *unknown])
+
     return Parser
+
+
+@contextmanager
+def one_of(processes: int) -> Iterator[None]:
+    """Around the construction of configs: batches are counted as the workers count them, not as this process would."""
+    with mock.patch.object(TrainingArguments, "world_size", processes):
+        yield
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, names: list[str]) -> None:
@@ -71,6 +92,8 @@ def _refuse_unknown(parser: argparse.ArgumentParser, names: list[str]) -> None:
     theirs = [*long_options(launch_command_parser()), "accelerate_config"]
     for name in names:
         plain = name.replace("-", "_")
+        if plain == "dry_run":
+            raise ValueError("dry_run is a word of the command line, --dry_run, and no key of a YAML file.")
         if plain in theirs:
             continue
         others = [command for command in _WITH_OUR_OPTIONS if not parser.prog.endswith(f" {command}")]
