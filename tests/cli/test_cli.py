@@ -41,7 +41,7 @@ def test_trl_ext_grpo_trains_with_our_options_in_every_worker(folder):
     (folder / "run.yaml").write_text(yaml.safe_dump({**options, **launch}))
     printed = two_processes(
         "-m", "trl_ext.cli", "grpo", "--config", "run.yaml", "--advantage_estimator", "mine.half",
-        "--advantage_kwargs", "{}", "--main_process_port", "0",
+        "--advantage_kwargs", "{}", "--main_process_port", "0", "--dataset_name", "data/train.jsonl",
         results=["rank0of2", "rank1of2", "out/model.safetensors"],
     )  # fmt: skip
     assert "advantages/std" in printed

@@ -107,7 +107,6 @@ def test_the_steps_are_cut_as_training_cuts_them(dry):
         ),
         ({"callback_paths": ["mine.Talkative"]}, "KeyError: 'no key' ("),
         ({"dataset_train_split": "validation"}, "The data set has no split 'validation'; it has ['train']."),
-        ({"model_name_or_path": "nobody/nosuch"}, "the model or its tokenizer cannot be opened: "),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(dry, options, said):

@@ -105,15 +105,15 @@ def _without_bars() -> Iterator[None]:
 
 def sentence(error: BaseException) -> str:
     """What went wrong in one sentence; where, if it was in code of the user's."""
-    text = " ".join(str(error).split())
-    frames = traceback.extract_tb(error.__traceback__)
     if said := unopened(error):
         return said
-    if not isinstance(error, ValueError) and not (frames and frames[-1].filename.startswith(_OWN)):
+    text, calls = " ".join(str(error).split()), [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not isinstance(error, ValueError) and not (calls and calls[-1].f_code.co_filename.startswith(_OWN)):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    theirs = [
-        frame for frame in traceback.extract_tb((error.__cause__ or error).__traceback__) if _is_the_users(frame)
-    ]
+    scoring = next((frame.f_locals for frame in calls if frame.f_code.co_name == "_calculate_rewards"), {})
+    if function := scoring.get("reward_func_name"):
+        text = f"reward function {function!r}: {text}"
+    theirs = [*filter(_is_the_users, traceback.extract_tb((error.__cause__ or error).__traceback__))]
     if theirs:
         text = f"{text.rstrip('.')} ({theirs[-1].filename}, line {theirs[-1].lineno})."
     return text

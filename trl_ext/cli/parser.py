@@ -59,7 +59,7 @@ def parser_class(seen: dict[str, Any] | None = None) -> type:
 
         def parse_args_into_dataclasses(self, args=None, **kwargs):
             processes = self.checked(args) if self.strict else 1
-            with _naming_the_mapping(self, args), one_of(processes):
+            with _with_the_option(self, args), one_of(processes):
                 parsed = super().parse_args_into_dataclasses(args=args, **kwargs)
             parts = tuple(part for part in parsed if is_dataclass(part))
             for part in parts:
@@ -126,8 +126,8 @@ def _without_accelerate_config(words: list[str]) -> list[str]:
 
 
 @contextmanager
-def _naming_the_mapping(parser: argparse.ArgumentParser, args: Any) -> Iterator[None]:
-    """Around the construction of configs: where a text is no JSON, the error names the option."""
+def _with_the_option(parser: argparse.ArgumentParser, args: Any) -> Iterator[None]:
+    """Around the construction of configs: an error of others that does not name the option gets its name."""
     try:
         yield
     except json.JSONDecodeError as error:
@@ -137,6 +137,13 @@ def _naming_the_mapping(parser: argparse.ArgumentParser, args: Any) -> Iterator[
             f"{option} must be a mapping in JSON, such as '{{\"option\": 1}}', got {error.doc!r}: {error.msg} at "
             f"character {error.pos + 1}."
         ) from error
+    except ValueError as error:
+        if str(error).startswith("Your setup doesn't support bf16"):
+            raise ValueError(
+                "bf16, which is on by default, needs a GPU that has it, and there is none. Add --bf16 false, or "
+                "--use_cpu to train on the CPU in spite of it."
+            ) from error
+        raise
 
 
 def _check_values(prog: str, part: Any) -> None:

@@ -9,11 +9,13 @@ import torch
 from ..lookup import import_path
 from ..trainers.foreign import Options
 from ..trainers.grpo.steps import segment, step_texts
+from ..trainers.input_checks import require_columns
 
 LIMIT = 1000  # rows that are read where the trainer turns every row into tokens before it trains
 SHORT = 64  # tokens of a completion
 SAMPLES = 8  # completions
 _GENERATES = ("grpo", "ppo", "rloo")
+_COLUMNS = {**{command: ["prompt"] for command in _GENERATES}, "dpo": ["chosen", "rejected"]}
 
 
 class Rehearsal:
@@ -61,6 +63,7 @@ class Rehearsal:
         self._first = next(iter(train), None)
         if self._first is None:
             raise ValueError(f"The data set has no row in its split {self.split!r}.")
+        require_columns(train, "train_dataset", _COLUMNS.get(self.command, []))
         self._rows = len(train) if hasattr(train, "__len__") else None
         known = "a stream" if self._rows is None else f"{self._rows:,} rows"
         if self.command not in _GENERATES:

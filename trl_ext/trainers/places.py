@@ -59,9 +59,15 @@ def load_rows(name: str, config: str | None, split: str) -> Any:
 
 def unopened(error: BaseException) -> str | None:
     """What to say where the hub, or a file, could not be read; `None` for any other error."""
-    of_the_hub = type(error).__module__.startswith(("datasets.", "huggingface_hub."))
-    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    for function, what in (("load_dataset", "the data set"), ("from_pretrained", "the model or its tokenizer")):
-        if (isinstance(error, OSError) or of_the_hub) and function in names:
-            return f"{what} cannot be opened: {' '.join(f'{error} {error.__cause__ or str()}'.split())}"
+    if not isinstance(error, OSError) and not type(error).__module__.startswith(("datasets.", "huggingface_hub.")):
+        return None
+    reasons = [str(error), *([str(error.__cause__)] if type(error).__module__.startswith("datasets.") else [])]
+    text = ": ".join(reason.splitlines()[0].rstrip(".") for reason in reasons if reason)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for function, argument, what in (
+            ("load_dataset", "path", "the data set"),
+            ("from_pretrained", "pretrained_model_name_or_path", "the model, or the tokenizer,"),
+        ):
+            if frame.f_code.co_name == function and argument in frame.f_locals:
+                return f"{what} {frame.f_locals[argument]!r} cannot be opened: {text}."
     return None
