@@ -12,6 +12,7 @@ COMMANDS = {
 }
 # Commands that start no worker, each a module of this package with a `main`.
 AT_ONCE = {
+    "example": "Copy the recipes with model, data and reward, and run the quickstart with --run",
     "methods": "List the methods: option, value, one line, page, paper",
     "schema": "Print the JSON schema of a command's YAML file, for editors",
 }
