@@ -9,8 +9,10 @@ import yaml
 from tiny import PROMPTS
 from tiny.prm import base
 from tiny.prm import rows as step_rows
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from trl_ext import cli
+from trl_ext.cli.launch import _flags_without_values, number_of_processes
 from trl_ext.cli.rehearsal import Rehearsal
 
 MINE = """
@@ -64,7 +66,8 @@ def dry(folder, capsys, monkeypatch):
 
 
 def test_it_shows_the_run_and_trains_nothing(dry, tiny_model):
-    code, shown, _ = dry("grpo", "--num_processes", "2", "--gradient_accumulation_steps", "2", num_generations=2)
+    code, shown, _ = dry("grpo", "--num_processes", "2", "--multi_gpu", num_generations=2,
+                          gradient_accumulation_steps=2)  # fmt: skip
     assert code == 0
     lines = shown.splitlines()
     assert lines[0] == "Dry run of `trl-ext grpo`: nothing is trained, and nothing is saved."
@@ -205,3 +208,34 @@ def test_a_batch_is_counted_over_the_processes_that_will_run(folder, capsys, mon
     assert "generation_batch_size (4) must be divisible by num_generations (8)" in capsys.readouterr().err
     Path("two.yaml").write_text(Path("run.yaml").read_text() + "num_processes: 2\nmulti_gpu: true\n")
     assert cli.main(["grpo", "--config", "two.yaml", "--num_generations", "8"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        ([], 1),
+        (["--num_processes", "3"], 1),  # so it is without a device and without `--multi_gpu`
+        (["--cpu", "True", "--num_processes", "3"], 1),
+        (["--multi_gpu", "True", "--num_processes", "2"], 2),
+        (["--use_fsdp", "--num_processes", "2"], 2),
+        (["--config_file", "five.yaml"], 5),
+        (["--config_file", "five.yaml", "--num_processes", "4"], 4),
+        (["--accelerate_config", "five.yaml"], 5),
+        (["--accelerate_config", "single_gpu"], 1),
+        (["--accelerate_config", "zero3"], 8),
+        (["--accelerate_config", "fsdp2"], 8),
+    ],
+)
+def test_the_processes_are_those_that_accelerate_starts(tmp_path, monkeypatch, words, number):
+    from accelerate.commands import launch
+
+    started = []
+    for launcher in ("multi_gpu_launcher", "deepspeed_launcher"):
+        monkeypatch.setattr(launch, launcher, lambda args: started.append(args.num_processes))
+    monkeypatch.setattr(launch, "simple_launcher", lambda args: started.append(1))
+    monkeypatch.chdir(tmp_path)
+    Path("five.yaml").write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 5\n")
+    assert number_of_processes(words) == number
+    words = [*_flags_without_values(resolve_accelerate_config_argument(words)), "script.py"]
+    launch.launch_command(launch.launch_command_parser().parse_args(words))
+    assert started == [number]

@@ -1,5 +1,6 @@
 """What `--dry_run` shows: options, model, data, the first prompt as the model sees it, rewards, batch arithmetic."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +16,7 @@ LIMIT = 1000  # rows that are read where the trainer turns every row into tokens
 SHORT = 64  # tokens of a completion
 SAMPLES = 8  # completions
 _GENERATES = ("grpo", "ppo", "rloo")
-_COLUMNS = {**{command: ["prompt"] for command in _GENERATES}, "dpo": ["chosen", "rejected"]}
+_COLUMNS = {**{command: ["prompt"] for command in (*_GENERATES, "distillation")}, "dpo": ["chosen", "rejected"]}
 
 
 class Rehearsal:
@@ -92,7 +93,8 @@ class Rehearsal:
     def _sample(self, trainer: Any) -> None:
         """One batch of short completions, with their rewards and advantages."""
         group = trainer.num_generations
-        rows = [trainer.train_dataset[i] for i in range(min(max(1, SAMPLES // group), len(trainer.train_dataset)))]
+        wanted = min(SAMPLES, trainer.args.generation_batch_size)  # so many does TRL keep for its table
+        rows = [*itertools.islice(trainer.train_dataset, max(1, wanted // group))]
         limit = min(trainer.max_completion_length, SHORT)
         trainer.generation_config.max_new_tokens = limit
         output = trainer._generate_and_score_completions([row for row in rows for _ in range(group)])
@@ -142,7 +144,7 @@ class Rehearsal:
             size = args.per_device_train_batch_size * processes * args.steps_per_generation
             passes = args.steps_per_generation * trainer.num_iterations / accumulation
             lines.append(
-                f"{size} completions per generation batch = {size // group} prompts × "
+                f"{size} completions per generation batch = {_count(size // group, 'prompt')} × "
                 f"{_count(group, 'generation')}, used for {_count(passes, 'optimizer step')}"
             )
             per_step = size // group
