@@ -15,7 +15,9 @@ import yaml
 import trl_ext
 from trl_ext import cli
 
-TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+CONFIG = Path(__file__).parents[2] / "recipes" / "accelerate" / "ddp.yaml"
+TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--mixed_precision", "no"]
+TWO_PROCESSES += ["--main_process_port", "0"]
 
 
 def two_processes(*command, results):

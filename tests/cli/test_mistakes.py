@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny.command import trl_ext_here
 
 from trl_ext import cli
 from trl_ext.cli.interrupted import how_to_go_on
@@ -138,10 +139,10 @@ def test_a_mapping_on_the_command_line_may_be_written_as_in_yaml(folder, monkeyp
 # In a worker
 
 
-def test_what_we_refuse_in_a_worker_arrives_as_a_sentence(folder, python):
+def test_what_we_refuse_in_a_worker_arrives_as_a_sentence(folder, monkeypatch, capfd):
     rows = [{"question": "ab"}, {"question": "cde"}]
     (folder / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = python("-m", "trl_ext.cli", "grpo", "--config", "run.yaml")
+    done = trl_ext_here(monkeypatch, capfd, "grpo", "--config", "run.yaml")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1] == (
         "trl-ext: error: train_dataset has no column 'prompt'; it has ['question']. Rename one: "

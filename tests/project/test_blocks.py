@@ -11,6 +11,7 @@ A Python block that begins with the comment `# name.py` is written to that file 
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -23,6 +24,7 @@ from strict_options import WITHOUT_TRAINER, read_options
 from sybil import Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
+from tiny.command import trl_ext_here
 
 import trl_ext
 
@@ -122,7 +124,8 @@ def test_the_python_and_the_yaml_of_a_page_run(page, root):
         if mark != "skip"
     ],
 )
-def test_the_lines_of_a_shell_block_run(lines, root):
+def test_the_lines_of_a_shell_block_run(lines, root, request, monkeypatch, capfd):
+    in_a_process = "README" in request.node.name  # those of the other pages train in this one, which has imported TRL
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
@@ -135,7 +138,12 @@ def test_the_lines_of_a_shell_block_run(lines, root):
                 continue
             if "--config" in command:
                 command += " --limit 1" if {*WITHOUT_TRAINER}.intersection(command.split()) else " --max_steps 1"
-            done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=500)
+            if command.split()[0] == "trl-ext" and not in_a_process:
+                done = trl_ext_here(monkeypatch, capfd, *shlex.split(command, comments=True)[1:])
+            else:
+                done = subprocess.run(
+                    command, shell=True, env=environment, capture_output=True, text=True, timeout=500
+                )
             assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
             ran += 1
     assert ran, "nothing to run: mark the block with a skip and its reason"
