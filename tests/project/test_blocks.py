@@ -36,6 +36,7 @@ NOT_HERE = ("pip ",)  # commands that are left out of a line: installing is the 
 SKIPPED = {"CONTRIBUTING.md": 3, "README.md": 1, "docs/async.md": 1}
 SLOW = {
     "docs/async.md": 1,
+    "docs/commands.md": 1,
     "docs/methods/preference.md": 3,
     "docs/methods/process_rewards.md": 1,
     "docs/methods/reward_models.md": 3,
