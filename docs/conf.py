@@ -27,7 +27,7 @@ project, author, copyright = "trl_ext", "", "the trl_ext developers"
 extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
 root_doc = "README"
-include_patterns = ["*.md", "docs/**", "recipes/README.md", "reference/**"]
+include_patterns = ["*.md", "docs/**", "recipes/README.md", "api/**"]
 exclude_patterns = ["docs/_static/**"]
 
 myst_enable_extensions = ["dollarmath"]
@@ -88,7 +88,7 @@ def contents():
 def with_contents(app, docname, source):
     """The Markdown files stay readable on their own: what only Sphinx understands is added here."""
     if docname == root_doc:
-        for title, pages in [("", ["docs/index"]), *contents(), ("Reference", ["reference/index"])]:
+        for title, pages in [("", ["docs/index"]), *contents(), ("Reference", ["api/index"])]:
             entries = "\n".join(f"/{page}" for page in pages)
             caption = f":caption: {title}\n" if title else ""
             source[0] += f"\n```{{toctree}}\n:hidden:\n{caption}\n{entries}\n```\n"
@@ -97,7 +97,7 @@ def with_contents(app, docname, source):
 def prepare(app, config):
     if not app.tags.has("tex") and not (KATEX.exists() and shutil.which("node")):
         raise ConfigError("Formulas need node and KaTeX: run docs/katex.sh, or leave them as TeX with -t tex.")
-    for sentence in reference.write(HERE.parent / "trl_ext", HERE.parent / "reference"):
+    for sentence in reference.write(HERE.parent / "trl_ext", HERE.parent / "api"):
         LOG.warning(sentence)
 
 

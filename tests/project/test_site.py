@@ -52,12 +52,12 @@ def test_the_site_has_every_page_and_shows_it_without_a_network(site):
 def test_the_reference_has_every_public_function(site):
     import trl_ext.functional
 
-    html = "".join(page.read_text() for page in (site / "reference").glob("functional.*.html"))
+    html = "".join(page.read_text() for page in (site / "api").glob("functional.*.html"))
     for name in trl_ext.functional.__all__:
         thing = getattr(trl_ext.functional, name)
         if callable(thing) and thing.__doc__ and getattr(thing, "__module__", "").startswith("trl_ext"):
             assert f'id="{name.lower()}"' in html, name
-    options = (site / "reference/trainers.grpo.config.html").read_text()
+    options = (site / "api/trainers.grpo.config.html").read_text()
     assert "advantage_estimator" in options and "Parameters" in options
 
 
