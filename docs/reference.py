@@ -21,11 +21,22 @@ GROUPS = {
 }
 
 
+def file(package: Path, module: str) -> Path:
+    place = package / module.replace(".", "/")
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+
+
 def modules(package: Path, name: str) -> list[str]:
-    """A module, or all modules of a package and those below it."""
-    place = package / name.replace(".", "/")
-    found = [place.with_suffix(".py")] if not place.is_dir() else sorted(place.rglob("[!_]*.py"))
-    return [".".join(path.relative_to(package).with_suffix("").parts) for path in found]
+    """A module, or those of a package and of the packages below it that define something public."""
+    if file(package, name).name != "__init__.py":
+        return [name]
+    found = [path.relative_to(package) for path in sorted((package / name.replace(".", "/")).rglob("*.py"))]
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in found]
+    return [module for module in names if public(parsed(package, module))]
+
+
+def parsed(package: Path, module: str) -> ast.Module:
+    return ast.parse(file(package, module).read_text(encoding="utf-8"))
 
 
 def public(tree: ast.Module) -> list[tuple[str, ast.AST]]:
@@ -53,10 +64,21 @@ def defined(package: Path) -> set[str]:
     return names
 
 
-def signature(name: str, node: ast.AST) -> str:
+def renamed(tree: ast.Module) -> dict[str, str]:
+    """Names that a file gives to what it imports from other libraries, and what they are called there."""
+    return {
+        alias.asname: f"{(node.module or '').partition('.')[0]}.{alias.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and not node.level
+        for alias in node.names
+        if alias.asname
+    }
+
+
+def signature(name: str, node: ast.AST, names: dict[str, str]) -> str:
     """The line of a class or function; one argument per line where it would be long."""
     if isinstance(node, ast.ClassDef):
-        bases = ", ".join(ast.unparse(base).lstrip("_") for base in node.bases)
+        bases = ", ".join(names.get(base, base) for base in map(ast.unparse, node.bases))
         return f"class {name}({bases})" if bases else f"class {name}"
     arguments, returns = ast.unparse(node.args), f" -> {ast.unparse(node.returns)}" if node.returns else ""
     if len(line := f"def {name}({arguments}){returns}") < 90:
@@ -98,11 +120,7 @@ def write(package: Path, folder: Path) -> list[str]:
     """One page per module into `folder`, and one of all; returns what is wrong: references to nothing."""
     warnings: list[str] = []
     groups = {title: [m for name in names for m in modules(package, name)] for title, names in GROUPS.items()}
-    trees = {
-        name: ast.parse((package / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
-        for names in groups.values()
-        for name in names
-    }
+    trees = {name: parsed(package, name) for names in groups.values() for name in names}
     found, somewhere = {name: public(tree) for name, tree in trees.items()}, defined(package)
     anchors = {
         (module, name): f"{module}.md#{name.lower().replace('.', '')}"
@@ -130,7 +148,7 @@ def write(package: Path, folder: Path) -> list[str]:
         for name, node in nodes:
             page += [
                 f"##{'#' * name.count('.')} `{name}`",
-                f"```python\n{signature(name, node)}\n```",
+                f"```python\n{signature(name, node, renamed(trees[module]))}\n```",
                 markdown(ast.get_docstring(node) or "", partial(link, module)),
             ]
         (folder / f"{module}.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
