@@ -134,7 +134,7 @@ class AccuracyReport(TrainerCallback):
         curves.parent.mkdir(parents=True, exist_ok=True)
         where = f"curves: {curves}"
         if importlib.util.find_spec("matplotlib") is None:
-            where = "no curves without matplotlib: pip install -e '.[plots]'"
+            where = "no curves without matplotlib: pip install matplotlib"
         else:
             draw_curves(state.log_history, curves, self.kl)
         print(

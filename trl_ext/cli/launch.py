@@ -1,11 +1,18 @@
 """The worker processes: `accelerate launch … -m trl_ext <TRL's script> …`."""
 
 import importlib.resources
+import os
 import subprocess
 
+import torch
 from accelerate.commands import launch
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.utils import DistributedType
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from . import COMMANDS
+from .commands import COMMANDS
+
+_SEVERAL = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")  # without one it starts one process
 
 
 def launch_training_script(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
@@ -34,6 +41,21 @@ def refuse_stray_words(words: list[str]) -> None:
         raise ValueError(
             f"{args.training_script!r} is neither an option nor the value of one. A YAML file is given with --config."
         )
+
+
+def number_of_processes(words: list[str]) -> int:
+    """How many workers `accelerate launch` starts with these words, on all machines."""
+    words = _flags_without_values(resolve_accelerate_config_argument(words))
+    args = launch.launch_command_parser().parse_args([*words, "-m", "trl_ext", "script.py"])
+    if args.cpu:
+        return 1
+    devices, number = torch.accelerator.device_count(), args.num_processes
+    several = devices > 1 or any(getattr(args, name) for name in _SEVERAL)
+    if args.config_file is not None or os.path.isfile(default_config_file):
+        defaults = load_config_from_file(args.config_file)
+        several = several or defaults.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
+        number = defaults.num_processes if number is None else number
+    return max(1, devices if number is None else number) if several else 1
 
 
 def _flags_without_values(words: list[str]) -> list[str]:
