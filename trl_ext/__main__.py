@@ -30,6 +30,10 @@ def main() -> None:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
             _run_script(sys.argv[0])
+    except KeyboardInterrupt:
+        if as_module or not _is_a_command():
+            raise
+        raise SystemExit(130) from None  # `trl-ext` says how to go on
     except ValueError as error:
         if as_module or not _is_refusal(error):
             raise
@@ -66,9 +70,13 @@ def _is_refusal(error: ValueError) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     last, package = frames[-1], os.path.join(os.path.dirname(__file__), "")
     raised_by_us = last.filename.startswith(package) and (last.line or "").startswith("raise ")  # and no bug of ours
+    return raised_by_us and _is_a_command() and all(frame.name != "_inner_training_loop" for frame in frames)
+
+
+def _is_a_command() -> bool:
+    """Whether the script is one that a command of `trl-ext` runs, of TRL's or ours: no line of the user's is in it."""
     folders = tuple(os.path.join(os.sep, name, "scripts") for name in ("trl", "trl_ext"))
-    in_a_script = os.path.dirname(os.path.realpath(sys.argv[0])).endswith(folders)
-    return raised_by_us and in_a_script and all(frame.name != "_inner_training_loop" for frame in frames)
+    return os.path.dirname(os.path.realpath(sys.argv[0])).endswith(folders)
 
 
 def _run_script(name: str) -> None:

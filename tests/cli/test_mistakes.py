@@ -178,7 +178,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(folder, python):
     assert (folder / checkpoint / "trainer_state.json").exists()
     command = f"trl-ext grpo --config run.yaml --resume_from_checkpoint {checkpoint}"
     assert again == f"To go on: {command}"
-    assert not any("trl_ext/cli" in line for line in before), "no traceback of the launching process"
+    assert not any("Traceback" in line or "Interrupt" in line for line in before), "nothing else of the end"
     step = int(checkpoint.rpartition("-")[2])
     done = python("-m", "trl_ext.cli", *command.split()[1:], "--max_steps", str(step + 1), "--save_strategy", "no")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -40,7 +40,8 @@ def test_it_trains_policy_and_critic_in_the_worker(folder):
     command = [sys.executable, "-m", "trl_ext.cli", "ppo", "--config", "run.yaml", "--lam", "0.9"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("value/explained_variance") == 2
+    assert done.stdout.count("  explained ") == 2, "a line for each step"
+    assert Path("out/metrics.jsonl").read_text().count("value/explained_variance") == 2
     assert {"config.json", "critic.safetensors", "model.safetensors"} <= {p.name for p in Path("out/critic").iterdir()}
     card = json.loads(Path("out/config.json").read_text())
     assert card["architectures"] == ["Qwen3ForCausalLM"]

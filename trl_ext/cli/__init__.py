@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from typing import Any
 
 from .. import __version__
@@ -55,7 +56,7 @@ def _run(argv: list[str], undo: ExitStack) -> int:
         from .launch import launch_training_script
         from .parser import parser_class
 
-        _set(undo, accelerate_launcher, "launch_training_script", launch_training_script)
+        _set(undo, accelerate_launcher, "launch_training_script", partial(launch_training_script, seen))
         _set(undo, trl, "TrlParser", parser_class(seen))
         for name in COMMANDS:  # TRL looks for the script of a command in `trl.scripts`
             if name in argv:

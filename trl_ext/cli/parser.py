@@ -20,6 +20,7 @@ from .launch import refuse_stray_words
 GRPO_LOSSES = ["bnpo", "cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo"]
 _REWARDS = sorted(name for name in trl.rewards.__all__ if name.endswith(("_reward", "_punishment")))
 _WITH_OUR_OPTIONS = ("grpo", "dpo", "kto")
+_SEEN = ("output_dir", "log_style")  # what is wanted of a run before it starts
 
 
 def parser_class(seen: dict[str, Any] | None = None) -> type:
@@ -28,7 +29,7 @@ def parser_class(seen: dict[str, Any] | None = None) -> type:
 
     Args:
         seen (`dict[str, Any]`, *optional*):
-            Gets the `output_dir` of the run once it is known.
+            Gets `output_dir` and `log_style` of the run once they are known.
     """
 
     class Parser(TrlParser):
@@ -56,8 +57,8 @@ def parser_class(seen: dict[str, Any] | None = None) -> type:
                 parsed = super().parse_args_into_dataclasses(args=args, **kwargs)
             for part in parsed:
                 _check_values(self.prog, part)
-                if seen is not None and hasattr(part, "output_dir"):
-                    seen["output_dir"] = part.output_dir
+                if seen is not None:
+                    seen.update({name: getattr(part, name) for name in _SEEN if hasattr(part, name)})
             return parsed
 
     return Parser

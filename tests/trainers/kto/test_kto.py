@@ -392,7 +392,8 @@ def test_trl_ext_kto_trains_in_the_worker(tiny_model, tmp_path):
         [*command, "--bco_momentum", "0.5"], capture_output=True, text=True, cwd=tmp_path, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "bco/shift" in done.stdout and (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "metrics.jsonl").read_text().count("bco/shift") == 2
+    assert (tmp_path / "out" / "model.safetensors").exists()
     wrong = subprocess.run(
         [*command, "--bco_momentum", "2"], capture_output=True, text=True, cwd=tmp_path, timeout=500
     )
