@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 import types
+import warnings
 
 from .registration import register
 
@@ -25,6 +26,10 @@ def main() -> None:
     register()
     sys.excepthook = _print_from_the_script_on
     sys.argv = arguments[as_module:]
+    if not as_module and _is_a_command():
+        # TRL uses names that transformers has renamed; whoever runs a command can do nothing about that.
+        for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
+            warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning, append=True)
     try:
         if as_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

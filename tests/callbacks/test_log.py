@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import build
 from tiny.dpo import build as build_dpo
-from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from trl_ext.callbacks import LogLines, MetricsFile
 from trl_ext.callbacks.log_lines import log_line
@@ -99,6 +99,15 @@ class Mine(ProgressCallback):
     """A user's."""
 
 
+class LogsAtOnce(TrainerCallback):
+    """A user's that logs as training begins, before those that the option adds have begun."""
+
+    trainer = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        Trainer.log(self.trainer, {"reward": 0.125, "at": "once"})
+
+
 def test_it_takes_the_place_of_transformers_printing_alone(tiny_model, tmp_path):
     def kinds(**options):
         trainer = build(*OURS, tiny_model, tmp_path, **options)
@@ -130,6 +139,14 @@ def test_what_is_printed_does_not_change_training_and_is_not_in_the_card(tiny_mo
         trainer.create_model_card()
         assert "log_style" not in (tmp_path / "out" / "README.md").read_text()
     assert all(map(torch.equal, *trained))
+
+
+def test_a_callback_may_log_as_training_begins(tiny_model, tmp_path, capsys):
+    trainer = build(*OURS, tiny_model, tmp_path, log_style="line", callback_paths=["test_log.LogsAtOnce"], max_steps=1)
+    trainer.train()
+    lines = [words(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["step", "0/1", "reward", "0.125"] and lines[1][:2] == ["step", "1/1"]
+    assert [entry["step"] for entry in read(tmp_path / "metrics.jsonl")] == [0, 1, 1]
 
 
 # The file

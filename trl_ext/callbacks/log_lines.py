@@ -41,7 +41,7 @@ def log_line(logs: dict[str, Any]) -> str:
 
 def _short(value: float) -> str:
     """Three digits, and a width at which the lines of a run stand in columns."""
-    return f"{value:<8.3g}" if math.isfinite(value) else f"{value!s:<8}"
+    return f"{value:<9.3g}" if math.isfinite(value) else f"{value!s:<9}"
 
 
 class LogLines(ProgressCallback):
@@ -49,6 +49,10 @@ class LogLines(ProgressCallback):
     In place of transformers' printing of a whole log entry: one line with step, reward, KL, length, accuracy and
     entropy, of those that there are. The progress bar is shown on a terminal only.
     """
+
+    def __init__(self):
+        super().__init__()
+        self._at = 0, time.monotonic()  # step and time of the last line
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step, self._at = state.global_step, (state.global_step, time.monotonic())

@@ -31,12 +31,18 @@ class NothingLearned(TrainerCallback):
     the first log entry in which rewards, or advantages, differ.
     """
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def __init__(self):
+        self._forget(0)
+
+    def _forget(self, step: int) -> None:
         self._first: dict[str, Any] | None = None  # the first entry with a reward
-        self._last = 0 if state.log_history else state.global_step  # step of the last entry
+        self._last = step  # of the last entry
         self._since: dict[str, int] = {}  # sign → step after which it has held
         self._over: set[str] = set()  # signs that were warned of or can no longer be seen
         self._said: set[str] = set()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._forget(0 if state.log_history else state.global_step)
         for entry in state.log_history:  # of a run that goes on, which has said what there was to say
             self._due(entry, args)
 
