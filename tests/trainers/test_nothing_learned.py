@@ -115,6 +115,7 @@ def test_a_number_that_moves_from_step_to_step_is_not_called_constant():
 def test_functions_that_score_nothing_are_left_to_trl():
     nothing = {"reward": None, "rewards/f/mean": None, "rewards/f/std": None, "frac_reward_zero_std": None}
     assert told(run(constant, **nothing)) == told(run(constant, reward=math.nan, frac_reward_zero_std=None)) == []
+    assert told([{"step": step, "reward": 1.0, "frac_reward_zero_std": 0.5} for step in range(1, 50)]) == []
     late = [*run(constant, range(1, 5), **nothing), *run(constant, range(5, 30))]
     assert [step for step, _ in told(late)] == [14], "counted from where something was scored"
 
@@ -194,6 +195,7 @@ def test_a_reference_that_equals_the_policy_for_a_hundred_steps_is_told_once():
     assert told(run(healthy, kl=2e-9)) == [], "a policy that moves slowly"
     assert len(told(run(healthy, **{"kl/reference": 0.0}))) == 1, "of the asynchronous trainer"
     assert told(run(healthy, **{"kl": 0.0, "kl/reference": 1e-3})) == []
+    assert [step for step, _ in told(run(healthy, kl=0.0), critic_warmup_steps=50)] == [150], "it was not to move"
 
 
 def test_one_cause_is_told_once():

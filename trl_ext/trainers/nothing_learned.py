@@ -124,11 +124,12 @@ def _constant_rewards(entry: dict, first: dict | None, args: Any) -> bool | None
         return None
     weights = getattr(args, "reward_weights", None)
     now, before = _rewards(entry, weights), _rewards(first, weights)
-    if now.keys() != before.keys():  # one has begun to score something, or ceased to
+    if not now or now.keys() != before.keys():  # one has begun to score something, or ceased to
         return False
     if entry.get("process/frac_groups_zero_std", 1.0) != 1.0:  # of a function of steps, the mean alone is constant
         return False
-    if getattr(args, "missing_eos_penalty", None) is not None and 0.0 < entry["completions/clipped_ratio"] < 1.0:
+    some_cut_off = 0.0 < entry.get("completions/clipped_ratio", 0.0) < 1.0
+    if some_cut_off and getattr(args, "missing_eos_penalty", None) is not None:
         return False
     near = [
         std <= 1e-6 * abs(mean) and math.isclose(mean, before[name][0], rel_tol=1e-6)
@@ -194,6 +195,8 @@ def _of_all_cut_off(entry: dict, steps: int, args: Any) -> str:
 def _same_as_reference(entry: dict, first: dict | None, args: Any) -> bool | None:
     if not getattr(args, "beta", 0.0):
         return None
+    if entry["step"] <= (getattr(args, "critic_warmup_steps", None) or 0):
+        return False  # the policy is meant to stay as it is
     kl = entry.get("kl/reference", entry.get("kl"))  # the asynchronous trainer's `kl` is another one
     return None if kl is None or _is_missing(kl) else abs(kl) <= SAME_MODEL
 
