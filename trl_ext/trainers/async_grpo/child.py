@@ -24,7 +24,7 @@ from ..grpo.checks import names_of
 from ..grpo.metrics import frac_groups_zero_std, step_metrics
 from ..grpo.reward_calls import RewardCalls
 from ..grpo.steps import StepCuts, segment
-from ..grpo.weighted import NOTHING_TO_CLIP, checked_advantages, single_steps, weighted_returns, weighted_steps
+from ..grpo.weighted import NOTHING_TO_CLIP, SINGLE_STEPS, checked_advantages, weighted_returns, weighted_steps
 from ..input_checks import warn_user
 from .checks import row_in_halves
 
@@ -224,9 +224,11 @@ class GroupScoring:
         return values, {name: value for name, value in found.items() if not math.isnan(value)}
 
     def _say_if_uncut(self, step_ends: torch.Tensor) -> None:
-        self._uncut += math.nan if step_ends.sum(1).max() > 1 else len(step_ends)
+        separator, function = self._step_options
+        if function is None:
+            self._uncut += math.nan if step_ends.sum(1).max() > 1 else len(step_ends)
         if self._uncut >= _ENOUGH:
-            warn_user(single_steps(self._uncut, "the first groups", *self._step_options))
+            warn_user(SINGLE_STEPS.format(self._uncut, "the first groups", separator))
             self._uncut = math.nan
 
 

@@ -21,9 +21,9 @@ from .reward_calls import RewardCalls
 from .steps import StepCuts
 from .weighted import (
     NOTHING_TO_CLIP,
+    SINGLE_STEPS,
     checked_advantages,
     options_of,
-    single_steps,
     weighted_returns,
     weighted_steps,
 )
@@ -289,8 +289,9 @@ class Scoring:
 
     def _warn_of_single_steps(self, step_ends: torch.Tensor) -> None:
         """Once, if no completion of a batch was cut: then step rewards are rewards of completions."""
-        if self._warned or step_ends.sum(1).max() > 1:
+        separator, function = self._step_options
+        if self._warned or function is not None or step_ends.sum(1).max() > 1:
             return
         self._warned = True
         if self.trainer.accelerator.is_main_process:
-            warn_user(single_steps(len(step_ends), "a generation batch", *self._step_options))
+            warn_user(SINGLE_STEPS.format(len(step_ends), "a generation batch", separator))

@@ -1,6 +1,5 @@
 """From what reward functions gave to rewards of completions and of steps, as functions; for every trainer."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,28 +12,17 @@ from .reward_calls import RewardCalls
 NOTHING_TO_CLIP = (
     "reward_clip_range clips the reward of a completion, but every reward function returned step rewards. Remove it."
 )
+SINGLE_STEPS = (
+    "Each of the {} completions of {} is one step: none has step_separator={!r} between two pieces of text. Rewards "
+    "of steps are rewards of whole completions then. Set step_separator to what the policy writes between steps, or "
+    "step_ends_function."
+)
 
 
 def options_of(row: Estimator, options: Any) -> dict[str, Any]:
     """What the function of an estimator is given by name."""
     own = {name: getattr(options, name) for name in FIELDS_OF_ESTIMATORS if takes(row.function, name)}
     return {**(options.advantage_kwargs or {}), **own}
-
-
-def single_steps(count: float, where: str, separator: str, function: Callable | None) -> str:
-    """The warning that no completion was cut, neither at the separator nor by the function that finds the ends."""
-    why, advice = f"none has step_separator={separator!r} between two pieces of text", "step_separator to what"
-    if function is not None:
-        name = getattr(function, "__name__", type(function).__name__)
-        why, advice = (
-            f"step_ends_function {name!r} ends none before the last token",
-            "another one, which finds what",
-        )
-    return (
-        f"Each of the {count} completions of {where} is one step: {why}. Rewards of steps are rewards of whole "
-        f"completions then. Set {advice} the policy writes between steps"
-        f"{', or step_ends_function' if function is None else ''}."
-    )
 
 
 def weighted_returns(
