@@ -2,6 +2,9 @@
 GSM8K (https://huggingface.co/datasets/openai/gsm8k) in TRL's prompt format, and its reward. Downloads from the hub:
 
     python -m recipes.gsm8k --output outputs/gsm8k
+
+For answers in LaTeX there is `reward_funcs: [accuracy_reward]` of TRL, which needs math-verify. Here an answer is a
+plain number behind `####`, and comparing two numbers needs no package.
 """
 
 import argparse

@@ -30,6 +30,11 @@ def main() -> None:
         # TRL uses names that transformers has renamed; whoever runs a command can do nothing about that.
         for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
             warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning, append=True)
+        import trl
+
+        from .scripts.as_meant import ParserAsMeant
+
+        vars(trl)["TrlParser"] = ParserAsMeant  # where scripts ask for it
     try:
         if as_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -39,10 +44,11 @@ def main() -> None:
         if as_module or not _is_a_command():
             raise
         raise SystemExit(130) from None  # `trl-ext` says how to go on
-    except ValueError as error:
-        if as_module or not _is_refusal(error):
+    except Exception as error:
+        said = None if as_module or not _is_a_command() else _sentence(error)
+        if said is None:
             raise
-        print(f"trl-ext: error: {error}", file=sys.stderr)
+        print(f"trl-ext: error: {said}", file=sys.stderr)
         raise SystemExit(2) from None
     state = sys.modules.get("accelerate.state")
     if state is not None and "gloo" in str(state.PartialState._shared_state.get("backend")):
@@ -67,21 +73,26 @@ def _leave_gloo() -> None:
     os._exit(0)
 
 
-def _is_refusal(error: ValueError) -> bool:
-    """
-    Whether we refuse, before the first step, what `trl-ext` was given: in a script of TRL's, or of ours, nothing of
-    the user's is in the traceback. In any other script the traceback shows the user's line.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    last, package = frames[-1], os.path.join(os.path.dirname(__file__), "")
-    raised_by_us = last.filename.startswith(package) and (last.line or "").startswith("raise ")  # and no bug of ours
-    return raised_by_us and _is_a_command() and all(frame.name != "_inner_training_loop" for frame in frames)
-
-
 def _is_a_command() -> bool:
-    """Whether the script is one that a command of `trl-ext` runs, of TRL's or ours: no line of the user's is in it."""
+    """Whether `trl-ext` runs here: a script of TRL's, or of ours. Any other is the user's own."""
     folders = tuple(os.path.join(os.sep, name, "scripts") for name in ("trl", "trl_ext"))
     return os.path.dirname(os.path.realpath(sys.argv[0])).endswith(folders)
+
+
+def _sentence(error: Exception) -> str | None:
+    """
+    What we refuse, before the first step, of what `trl-ext` was given, and what could not be opened; nothing of the
+    user's is in such a traceback. `None`: anything else, whose traceback is of use.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.name == "_inner_training_loop" for frame in frames):
+        return None
+    last, package = frames[-1], os.path.join(os.path.dirname(__file__), "")
+    if isinstance(error, ValueError) and last.filename.startswith(package) and (last.line or "").startswith("raise "):
+        return str(error)  # and no bug of ours
+    from .trainers.places import unopened
+
+    return unopened(error)
 
 
 def _run_script(name: str) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from datasets import load_dataset
 
 from .functional.selection import accepted
 from .labels.answers import AnswerSampler, prompt_ids
@@ -18,6 +17,7 @@ from .labels.folder import LabelFolder, write_whole
 from .labels.run import work_through
 from .trainers.grpo.separators import decode
 from .trainers.input_checks import require_columns
+from .trainers.places import load_rows
 
 # Options that are read without a model too.
 _WITHOUT_MODEL = {"dataset_name", "dataset_config", "dataset_train_split", "output_dir"}
@@ -230,7 +230,7 @@ def rejection_sampling(config: RejectionSamplingConfig) -> None:
 
 def _read_answers(config: RejectionSamplingConfig) -> list[dict[str, Any]]:
     """Answers that were sampled before."""
-    dataset = load_dataset(config.dataset_name, name=config.dataset_config, split=config.dataset_train_split)
+    dataset = load_rows(config.dataset_name, config.dataset_config, config.dataset_train_split)
     require_columns(dataset, "Without model_name_or_path, the data set", ["prompt", "completions", "outcome"])
     rows = dataset.to_list()
     for i, row in enumerate(rows):

@@ -100,9 +100,11 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "trl.trainer.utils.add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
     "trl.scripts.utils.TrlParser.set_defaults_with_config": ("self", "kwargs"),
     "trl.scripts.utils.TrlParser.parse_args_into_dataclasses": ("self", "args", "return_remaining_strings"),
+    "trl.scripts.utils.DatasetConfig": ("path", "name", "data_dir", "data_files", "split"),
     "trl.scripts.env.print_env": (),
     "trl.cli.main.main": ("argv",),
     "trl.cli.commands.get_commands": (),
+    "trl.cli.accelerate_config.resolve_accelerate_config_argument": ("launch_args",),
     "trl.cli.accelerate_launcher.launch_training_script": ("script_name", "launch_args", "training_script_args"),
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ class AccuracyReport(TrainerCallback):
         if curves_available():
             draw_curves(state.log_history, curves)
         else:
-            where = "no curves without matplotlib: pip install 'trl-ext[plots]'"
+            where = "no curves without matplotlib: pip install matplotlib"
         (greedy_before, before), (greedy, sampled) = self.before, after
         print(
             f"Held-out accuracy, {len(self.rows)} prompts: greedy {greedy_before:.2f} -> {greedy:.2f}, "

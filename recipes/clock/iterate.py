@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.clock.accuracy import accuracy, read_rows, write_completions
 from recipes.clock.rounds import parser_of, play_rounds
 from recipes.clock.step_data import HARD, labelled_steps
-from recipes.clock.task import process_reward
+from recipes.clock.task import outcome_reward, process_reward
 from trl_ext import GRPOConfig, GRPOTrainer, PRMConfig, PRMTrainer
 from trl_ext.rewards.implicit_reward import ImplicitReward
 
@@ -41,12 +41,15 @@ def load(folder: Path):
 
 
 def train_policy(policy: Path, prm: Path, output: Path, steps: int, seed: int) -> dict:
-    """GRPO from `policy`, which is the reference too; the program's reward is logged beside the learned one."""
+    """
+    GRPO from `policy`, which is the reference too. The learned reward and the outcome are trained on; the program's
+    reward is logged beside them.
+    """
     args = GRPOConfig(
         str(output),
         advantage_estimator="process_group_relative",
         process_reward_model={"model": str(prm)},
-        reward_weights=[0.0, 1.0],
+        reward_weights=[0.0, 1.0, 1.0],
         kl_estimator="k3",
         beta=0.01,
         per_device_train_batch_size=64,
@@ -61,11 +64,15 @@ def train_policy(policy: Path, prm: Path, output: Path, steps: int, seed: int) -
         **QUIET,
     )
     data = Dataset.from_list(read_rows(HARD / "data/train.jsonl")).shuffle(seed)
-    trainer = GRPOTrainer(str(policy), [process_reward], args, train_dataset=data)
+    trainer = GRPOTrainer(str(policy), [process_reward, outcome_reward], args, train_dataset=data)
     trainer.train()
     trainer.save_model()
     last = [entry for entry in trainer.state.log_history if "kl" in entry][-1]
-    return {"kl": last["kl"], "program": last["rewards/process_reward/mean"], "learned": last["reward"]}
+    return {
+        "kl": last["kl"],
+        "program": last["rewards/process_reward/mean"],
+        "learned": last[f"rewards/{prm.name}/mean"],
+    }
 
 
 def train_prm(prm: Path, rows: list[dict], output: Path, steps: int, rate: float, seed: int) -> None:

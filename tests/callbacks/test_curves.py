@@ -103,7 +103,7 @@ def test_by_dotted_path_on_the_main_process(tiny_model, tmp_path, capsys):
 
 def test_without_matplotlib_it_is_refused_before_a_model_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
-    message = r"^trl_ext\.callbacks\.Curves draws with matplotlib: pip install 'trl-ext\[plots\]'\.$"
+    message = r"^trl_ext\.callbacks\.Curves draws with matplotlib: pip install matplotlib\.$"
     with pytest.raises(ValueError, match=message):
         GRPOConfig(str(tmp_path), bf16=False, use_cpu=True, callback_paths=["trl_ext.callbacks.Curves"])
     with pytest.raises(ValueError, match=message):

@@ -15,7 +15,9 @@ import yaml
 import trl_ext
 from trl_ext import cli
 
-TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+CONFIG = Path(__file__).parents[2] / "recipes" / "accelerate" / "ddp.yaml"
+TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--mixed_precision", "no"]
+TWO_PROCESSES += ["--main_process_port", "0"]
 
 
 def two_processes(*command, results):
@@ -41,7 +43,7 @@ def test_trl_ext_grpo_trains_with_our_options_in_every_worker(folder):
     (folder / "run.yaml").write_text(yaml.safe_dump({**options, **launch}))
     printed = two_processes(
         "-m", "trl_ext.cli", "grpo", "--config", "run.yaml", "--advantage_estimator", "mine.half",
-        "--advantage_kwargs", "{}", "--main_process_port", "0",
+        "--advantage_kwargs", "{}", "--main_process_port", "0", "--dataset_name", "data/train.jsonl",
         results=["rank0of2", "rank1of2", "out/model.safetensors"],
     )  # fmt: skip
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("step ")] == ["1/2", "2/2"]
@@ -175,10 +177,48 @@ def test_help_shows_our_options_with_their_help(capsys):
             assert f"--{name}" in shown and " ".join(text.split()) in shown, name
 
 
+@pytest.mark.parametrize(
+    ("command", "ours"),
+    [
+        ("grpo", ["advantage_estimator", "kl_estimator", "step_separator"]),
+        ("ppo", ["critic_lam", "value_model"]),
+        ("dpo", ["psi", "loss_kwargs", "preference_prob_column"]),
+        ("kto", ["loss_type", "bco_momentum"]),
+        ("prm", ["kind", "objective", "skip_after_bad_step"]),
+    ],
+)
+def test_help_begins_with_our_options_and_ends_with_three_examples(capsys, command, ours):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: trl-ext {command} [--config FILE.yaml] [--dry_run]")
+    top = lines[: lines.index("options of TRL and transformers:")]
+    assert {f"--{option}" for option in ours} <= {word for line in top for word in line.split()}
+    assert "--dry_run" in "\n".join(top[:6]) and "options of trl_ext:" in top
+    if command == "grpo":
+        assert {f"--{option}" for option in ours} <= {word for line in lines[:60] for word in line.split()}
+    *_, heading, first, second, third = lines
+    assert heading == "examples:"
+    assert all(line.startswith(f"  trl-ext {command} --") for line in (first, second, third))
+
+
+def test_help_of_a_command_without_options_of_ours(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--help"])
+    shown = capsys.readouterr().out
+    assert "options of trl_ext" not in shown and shown.startswith(
+        "usage: trl-ext sft [--config FILE.yaml] [--dry_run]"
+    )
+    with pytest.raises(SystemExit):
+        cli.main(["label-steps", "--help"])
+    shown = capsys.readouterr().out
+    assert "--dry_run" not in shown and "--backend vllm" in shown
+
+
 def test_the_overview_and_an_unknown_command_bear_our_name(capsys):
     assert cli.main([]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("usage: trl-ext [-h]") and "with the options of trl_ext" in shown
+    assert shown.startswith("usage: trl-ext [-h]") and "TRL's command line with what TRL lacks" in shown
     with pytest.raises(SystemExit) as stop:
         cli.main(["grop"])
     assert (
@@ -208,10 +248,15 @@ def test_without_a_command_to_run_nothing_heavy_is_loaded(python, words, code):
     assert float(result.split()[1]) < 1.0, "CPU seconds; 0.22 measured"
 
 
-def test_the_version_is_ours(capsys):
+def test_the_version_is_ours_and_of_those_below(capsys):
+    import torch
+    import transformers
+
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
-    assert stop.value.code == 0 and capsys.readouterr().out == f"trl-ext {trl_ext.__version__}\n"
+    assert stop.value.code == 0
+    below = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    assert capsys.readouterr().out == f"trl-ext {trl_ext.__version__} ({below})\n"
 
 
 def test_env_adds_our_version_and_checks_trl_on_request(capsys, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny.command import trl_ext_here
 
 from trl_ext import cli
 from trl_ext.cli.interrupted import how_to_go_on
@@ -172,10 +173,10 @@ def test_accelerates_defaults_are_passed_unless_there_is_something_to_say(folder
 # In a worker
 
 
-def test_what_we_refuse_in_a_worker_arrives_as_a_sentence(folder, python):
+def test_what_we_refuse_in_a_worker_arrives_as_a_sentence(folder, monkeypatch, capfd):
     rows = [{"question": "ab"}, {"question": "cde"}]
     (folder / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = python("-m", "trl_ext.cli", "grpo", "--config", "run.yaml")
+    done = trl_ext_here(monkeypatch, capfd, "grpo", "--config", "run.yaml")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1] == (
         "trl-ext: error: train_dataset has no column 'prompt'; it has ['question']. Rename one: "
@@ -216,6 +217,29 @@ def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(folder, python):
     step = int(checkpoint.rpartition("-")[2])
     done = python("-m", "trl_ext.cli", *command.split()[1:], "--max_steps", str(step + 1), "--save_strategy", "no")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_to_the_same_weights_bit_for_bit(folder, python):
+    """Stopped with Ctrl-C, and then `--resume_from_checkpoint true`."""
+    (folder / "slow.py").write_text(
+        "import time\n\n\ndef length(completions, **kwargs):\n    time.sleep(0.5)\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    change("run.yaml", save_strategy="steps", save_steps=1, max_steps=12, reward_funcs=["slow.length"])
+    words = ["-m", "trl_ext.cli", "grpo", "--config", "run.yaml"]
+    assert python(*words, "--output_dir", "whole").returncode == 0
+    with open("printed", "w") as printed:
+        run = subprocess.Popen([sys.executable, *words], stdout=printed, stderr=printed, start_new_session=True)
+    until = time.monotonic() + 240
+    while not Path("out/checkpoint-3/trainer_state.json").exists() and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(120) == 130, Path("printed").read_text()[-3000:]
+    assert not Path("out/checkpoint-12").exists(), "it was stopped on the way"
+    done = python(*words, "--resume_from_checkpoint", "true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
 
 
 def test_what_is_said_without_a_checkpoint_or_with_an_earlier_resumption(tmp_path):

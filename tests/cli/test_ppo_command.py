@@ -1,8 +1,6 @@
 """`trl-ext ppo`, as a user types it."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import trl
 import yaml
 from tiny import PROMPTS
+from tiny.command import trl_ext_here
 
 import trl_ext
 from trl_ext import cli
@@ -35,10 +34,8 @@ def folder(tmp_path, tiny_model, monkeypatch):
     trl_ext.unregister()
 
 
-def test_it_trains_policy_and_critic_in_the_worker(folder):
-    environment = {**os.environ, "PYTHONPATH": str(Path(trl_ext.__file__).parent.parent), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "trl_ext.cli", "ppo", "--config", "run.yaml", "--lam", "0.9"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+def test_it_trains_policy_and_critic_in_the_worker(folder, monkeypatch, capfd):
+    done = trl_ext_here(monkeypatch, capfd, "ppo", "--config", "run.yaml", "--lam", "0.9")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("  explained ") == 2, "a line for each step"
     assert Path("out/metrics.jsonl").read_text().count("value/explained_variance") == 2

@@ -1,14 +1,12 @@
 """`trl-ext prm`, as a user types it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import trl
 import yaml
+from tiny.command import trl_ext_here
 from tiny.prm import PROMPTS, STEPS, base, rows
 
 import trl_ext
@@ -34,12 +32,10 @@ def folder(tmp_path, monkeypatch):
     trl_ext.unregister()
 
 
-def test_it_trains_a_model_that_its_folder_loads(folder):
+def test_it_trains_a_model_that_its_folder_loads(folder, monkeypatch, capfd):
     """With an adapter, whose task type the command chooses so that the new head is trained and saved."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(trl_ext.__file__).parent.parent), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "trl_ext.cli", "prm", "--config", "run.yaml", "--use_peft", "--lora_r", "4"]
-    command += ["--lora_target_modules", "q_proj", "v_proj", "--label_threshold", "0.7"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    words = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--label_threshold", "0.7"]
+    done = trl_ext_here(monkeypatch, capfd, "prm", "--config", "run.yaml", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = Path("out/metrics.jsonl").read_text()
     assert metrics.count("eval_first_error_accuracy") == 2 and metrics.count('"brier"') == 2

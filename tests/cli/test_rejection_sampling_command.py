@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny.command import trl_ext_here
 
 from trl_ext import cli
 
@@ -24,13 +25,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_it_writes_what_sft_trains_on(folder, python):
-    done = python("-m", "trl_ext.cli", "rejection-sampling", "--config", "keep.yaml", "--answers_per_prompt", "2")
+def test_it_writes_what_sft_trains_on(folder, monkeypatch, capfd):
+    done = trl_ext_here(monkeypatch, capfd, "rejection-sampling", "--config", "keep.yaml", "--answers_per_prompt", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in Path("kept/train.jsonl").read_text().splitlines()]
     assert f"Kept {len(rows)} of 32 answers to 4 prompts" in done.stderr and rows
     assert {path.name for path in Path("kept/chunks").iterdir()} == {"000000.jsonl", "000001.jsonl"}
-    done = python("-m", "trl_ext.cli", "sft", "--config", "train.yaml")
+    done = trl_ext_here(monkeypatch, capfd, "sft", "--config", "train.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     assert Path("out/model.safetensors").exists()
 

@@ -66,7 +66,7 @@ def test_what_is_written_is_data_to_train_on(given):
     assert (again.answers, again.prefixes) == (0, 0), "nothing is done again"
 
 
-@pytest.mark.parametrize("search", ["all", "first_error"])
+@pytest.mark.parametrize("search", ["all", pytest.param("first_error", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_ends_with_the_bytes_of_one_that_was_not(given, search):
     config = {**given, "search": search}
     whole = label(config, "whole")

@@ -8,8 +8,8 @@ from two_processes_async import CASES
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model, tmp_path_factory):
-    return launch.one_and_two(two_processes_async, tiny_model, tmp_path_factory.mktemp("async"))
+def results(pair, tiny_model, tmp_path_factory):
+    return launch.one_and_two(pair, two_processes_async, tiny_model, tmp_path_factory.mktemp("async"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,11 +8,11 @@ from two_processes_dpo import CASES, SAME, write_rows
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tiny_model, tmp_path_factory):
+def one_and_two(pair, tiny_model, tmp_path_factory):
     """Results of one process, and of each of two gloo processes."""
     folder = tmp_path_factory.mktemp("processes")
     write_rows(folder)
-    return launch.one_and_two(two_processes_dpo, tiny_model, folder)
+    return launch.one_and_two(pair, two_processes_dpo, tiny_model, folder)
 
 
 OF_PAIRS = (

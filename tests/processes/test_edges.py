@@ -1,4 +1,4 @@
-"""Two processes, launched by a config of `recipes/accelerate`, where the batches do not come out even."""
+"""Two processes where the batches do not come out even; and the launch files of `recipes/accelerate`."""
 
 from pathlib import Path
 
@@ -14,10 +14,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tiny_model, tmp_path_factory):
+def one_and_two(pair, tiny_model, tmp_path_factory):
     """Results of one process, and of each of two gloo processes."""
-    launcher = ["--config_file", str(RECIPES / "ddp.yaml"), "--mixed_precision", "no"]
-    return launch.one_and_two(two_processes_edges, tiny_model, tmp_path_factory.mktemp("processes"), launcher)
+    return launch.one_and_two(pair, two_processes_edges, tiny_model, tmp_path_factory.mktemp("processes"))
 
 
 def same_for_all(entry):

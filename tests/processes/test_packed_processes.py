@@ -3,14 +3,16 @@
 import launch
 import pytest
 import two_processes_packed
+from tiny.packed import save
 from two_processes_packed import DPO, GRPO
 
 CASES = [*(f"GRPO, {case}" for case in GRPO), *(f"DPO, {case}" for case in DPO)]
 
 
 @pytest.fixture(scope="module")
-def two(tiny_model, tmp_path_factory):
-    return launch.one_and_two(two_processes_packed, tiny_model, tmp_path_factory.mktemp("packed"))[1]
+def two(pair, tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    return launch.one_and_two(pair, two_processes_packed, save(tiny_model, folder / "model"), folder)[1]
 
 
 @pytest.mark.parametrize("case", CASES)

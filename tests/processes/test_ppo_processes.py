@@ -8,8 +8,8 @@ from two_processes_ppo import CASES, FSDP2
 
 
 @pytest.fixture(scope="module")
-def ddp(tiny_model, tmp_path_factory):
-    return launch.one_and_two(two_processes_ppo, tiny_model, tmp_path_factory.mktemp("ppo"))
+def ddp(pair, tiny_model, tmp_path_factory):
+    return launch.one_and_two(pair, two_processes_ppo, tiny_model, tmp_path_factory.mktemp("ppo"))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from two_processes import BATCH, CASES, GREEDY, REFUSED
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tiny_model, tmp_path_factory):
+def one_and_two(pair, tiny_model, tmp_path_factory):
     """Results of one process, and of each of two gloo processes."""
-    return launch.one_and_two(two_processes, tiny_model, tmp_path_factory.mktemp("processes"))
+    return launch.one_and_two(pair, two_processes, tiny_model, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.theorem(

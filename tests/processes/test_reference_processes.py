@@ -8,8 +8,8 @@ from two_processes_reference import CASES
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tiny_model, tmp_path_factory):
-    return launch.one_and_two(two_processes_reference, tiny_model, tmp_path_factory.mktemp("reference"))
+def one_and_two(pair, tiny_model, tmp_path_factory):
+    return launch.one_and_two(pair, two_processes_reference, tiny_model, tmp_path_factory.mktemp("reference"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,14 +1,10 @@
 """
 Worker of `test_processes.py`: trains every case and saves what this process saw to `<folder>/<rank>of<world>.pt`.
-
-    python -m torch.distributed.run --nproc_per_node 2 two_processes.py MODEL FOLDER WORLD_SIZE
 """
 
-import sys
 from pathlib import Path
 
 from accelerate import PartialState
-from launch import leave
 from tiny import build, logged, scripted_rollout, weights
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
@@ -210,8 +206,6 @@ def refused(model: str, folder: Path, world_size: int) -> dict:
     return errors
 
 
-if __name__ == "__main__":
-    model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+def run_in_two(model: str, folder: Path, world_size: int) -> dict:
     results = {**run(model, folder, world_size), "refused": refused(model, folder, world_size)}
-    results["bounded"] = bounded(model, folder, world_size)
-    leave(results, folder, world_size)
+    return {**results, "bounded": bounded(model, folder, world_size)}

@@ -1,11 +1,8 @@
 """
 Worker of `test_async_processes.py`: trains every case on given conversations and saves what this process saw to
 `<folder>/<rank>of<world>.pt`.
-
-    python -m torch.distributed.run --nproc_per_node 2 two_processes_async.py MODEL FOLDER WORLD_SIZE
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -60,10 +57,3 @@ def run(model: str, folder: Path, world_size: int) -> dict:
             "log": logged(trainer),
         }
     return results
-
-
-if __name__ == "__main__":
-    model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    results = run(model, folder, world_size)
-    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
-    torch.distributed.destroy_process_group()

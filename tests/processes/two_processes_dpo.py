@@ -1,15 +1,11 @@
 """
 Worker of `test_dpo_processes.py`: trains every case and saves what this process saw to `<folder>/<rank>of<world>.pt`.
-
-    python -m torch.distributed.run --nproc_per_node 2 two_processes_dpo.py MODEL FOLDER WORLD_SIZE
 """
 
-import sys
 from pathlib import Path
 
 import trl
 from datasets import Dataset
-from launch import leave
 from tiny import weights
 from tiny.dpo import build, pairs
 
@@ -87,9 +83,3 @@ def run(model: str, folder: Path, world_size: int) -> dict:
         trainer.train()
         results[name] = {"weights": weights(trainer), "log": trainer.state.log_history}
     return results
-
-
-if __name__ == "__main__":
-    model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    results = run(model, folder, world_size)
-    leave(results, folder, world_size)

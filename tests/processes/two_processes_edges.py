@@ -1,11 +1,8 @@
 """
 Worker of `test_edges.py`: batches that do not come out even, and a process all of whose completions are masked. Saves
 what this process saw to `<folder>/<rank>of<world>.pt`.
-
-    accelerate launch --config_file recipes/accelerate/ddp.yaml two_processes_edges.py MODEL FOLDER WORLD_SIZE
 """
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import tiny.dpo as tiny_dpo
 import trl
 from accelerate import PartialState
 from datasets import Dataset
-from launch import leave
 from tiny import PROMPTS, build, scripted_rollout, weights
 from two_processes import BATCH, CASES
 
@@ -116,9 +112,3 @@ def finished(trainer, world_size: int) -> dict:
     assert trainer.accelerator.num_processes == world_size
     trainer.train()
     return {"weights": weights(trainer), "log": trainer.state.log_history}
-
-
-if __name__ == "__main__":
-    model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    results = run(model, folder, world_size)
-    leave(results, folder, world_size)

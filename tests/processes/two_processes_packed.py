@@ -1,21 +1,17 @@
 """
 Worker of `test_packed_processes.py`: trains every case and saves what this process saw to `<rank>of<world>.pt`.
-
-    python -m torch.distributed.run --nproc_per_node 2 two_processes_packed.py MODEL FOLDER WORLD_SIZE
 """
 
-import sys
 from pathlib import Path
 
 import torch
 import trl
 from accelerate import PartialState
 from datasets import Dataset
-from launch import leave
 from tiny import build, weights
 from tiny.dpo import build as build_dpo
 from tiny.dpo import words
-from tiny.packed import by_tokens, prompts, rollout, save
+from tiny.packed import by_tokens, prompts, rollout
 
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
@@ -67,7 +63,6 @@ def dpo(classes, model, folder, **options):
 
 
 def run(model: str, folder: Path, world_size: int) -> dict:
-    model = save(model, folder / f"packed{PartialState().process_index}of{world_size}")
     results = {}
     for kind, make, cases, ours, theirs in (
         ("GRPO", grpo, GRPO, (GRPOTrainer, GRPOConfig), (trl.GRPOTrainer, trl.GRPOConfig)),
@@ -85,9 +80,3 @@ def run(model: str, folder: Path, world_size: int) -> dict:
                     "update": update, "counts": getattr(trainer, "shared_prefix_counts", None),
                 }  # fmt: skip
     return results
-
-
-if __name__ == "__main__":
-    model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    results = run(model, folder, world_size)
-    leave(results, folder, world_size)

@@ -1,13 +1,9 @@
 """
 Worker of `test_prm_processes.py`: trains every case and saves what this process saw to `<folder>/<rank>of<world>.pt`.
-
-    python -m torch.distributed.run --nproc_per_node 2 two_processes_prm.py MODEL FOLDER WORLD_SIZE
 """
 
-import sys
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from tiny import weights
 from tiny.prm import base, build, rows
@@ -56,10 +52,3 @@ def run(model: str, folder: Path, world_size: int) -> dict:
         trainer.train()
         results[name] = {"weights": weights(trainer), "log": trainer.state.log_history}
     return results
-
-
-if __name__ == "__main__":
-    model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    results = run(model, folder, world_size)
-    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
-    torch.distributed.destroy_process_group()

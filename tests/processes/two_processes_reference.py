@@ -1,10 +1,7 @@
 """
 Worker of `test_reference_processes.py`: trains every case, and saves what this process saw to `<folder>/<rank>of2.pt`.
-
-    python -m torch.distributed.run --nproc_per_node 2 two_processes_reference.py MODEL FOLDER WORLD_SIZE
 """
 
-import sys
 from pathlib import Path
 
 import tiny
@@ -43,10 +40,3 @@ def run(model: str, folder: Path, world_size: int) -> dict:
             "log": tiny.logged(trainer),
         }
     return results
-
-
-if __name__ == "__main__":
-    model, folder, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    results = run(model, folder, world_size)
-    torch.save(results, folder / f"{torch.distributed.get_rank()}of{world_size}.pt")
-    torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,8 @@ def test_every_option_is_in_the_docstring_and_has_help(config):
 def test_the_version_stands_in_one_place():
     import trl_ext
 
-    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"] and "version" not in project["project"]
+    assert project["tool"]["hatch"]["version"]["path"] == "trl_ext/__init__.py"
     text = "".join(path.read_text() for path in FILES)
     assert text.count(f'"{trl_ext.__version__}"') == 1

@@ -1,14 +1,12 @@
 """Preference recipes and the command line, as a user types it; the pairs that are shipped."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from tiny.command import trl_ext_here
 from tiny.dpo import pairs
 
 import trl_ext
@@ -54,7 +52,9 @@ def test_the_page_names_every_loss_and_every_option():
         assert re.search(rf"`{name}\b", page), name
 
 
-def test_trl_ext_dpo_trains_with_our_losses_in_the_worker(tiny_model, tmp_path):
+def test_trl_ext_dpo_trains_with_our_losses_in_the_worker(tiny_model, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "data").mkdir()
     pairs(8, p=lambda i: 0.3 + i / 20).to_json(tmp_path / "data" / "train.jsonl")
     (tmp_path / "mine.py").write_text(
@@ -77,12 +77,13 @@ def test_trl_ext_dpo_trains_with_our_losses_in_the_worker(tiny_model, tmp_path):
         "use_cpu": True,
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
-    done = subprocess.run(
-        [sys.executable, "-m", "trl_ext.cli", "dpo", "--config", "run.yaml", "--num_processes", "1",
-         "--loss_kwargs", '{"psipo_logit": {"eps": 0.1}, "mine.pair_loss": {"power": 2.0}}'],
-        capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(RECIPES.parent)},
-    )  # fmt: skip
+    words = [
+        "--num_processes",
+        "1",
+        "--loss_kwargs",
+        '{"psipo_logit": {"eps": 0.1}, "mine.pair_loss": {"power": 2.0}}',
+    ]
+    done = trl_ext_here(monkeypatch, capfd, "dpo", "--config", "run.yaml", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("psipo_logit", "psipo", "mine.pair_loss"):
         assert (tmp_path / "out" / "metrics.jsonl").read_text().count(f'"loss/{name}"') == 2

@@ -295,7 +295,7 @@ def test_a_fault_leaves_the_checkpoints_before_it_and_training_goes_on_from_ther
     assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(mended).items())
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", [pytest.param("sync", marks=pytest.mark.slow), "async"])
 def test_a_function_that_hangs_can_be_interrupted_and_leaves_whole_checkpoints(tiny_model, tmp_path, kind):
     script = Path(__file__).parent / "hanging.py"
     command = [sys.executable, str(script), tiny_model, str(tmp_path), kind]

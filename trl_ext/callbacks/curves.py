@@ -106,7 +106,7 @@ class Curves(TrainerCallback):
     def require_installed() -> None:
         """Refuses where there is no matplotlib; asked when a config names this class."""
         if not curves_available():
-            raise ValueError("trl_ext.callbacks.Curves draws with matplotlib: pip install 'trl-ext[plots]'.")
+            raise ValueError("trl_ext.callbacks.Curves draws with matplotlib: pip install matplotlib.")
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

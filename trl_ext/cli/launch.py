@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from accelerate.commands import launch
-from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.utils import DistributedType
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from . import COMMANDS
+from .commands import COMMANDS
+
+_SEVERAL = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")  # without one it starts one process
 
 # What `accelerate launch` takes where nothing is said, with a warning of several lines.
 _DEFAULTS = {"num_processes": 1, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
-_SEVERAL = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
 
 
 def launch_training_script(
@@ -31,7 +34,7 @@ def launch_training_script(
     script = str(importlib.resources.files(package).joinpath(script_name.replace("-", "_")))
     words = [*_flags_without_values(launch_args), "-m", "trl_ext", script, *training_script_args]
     refuse_stray_words(words)
-    if seen.get("log_style", "") is None:  # the command has the option, and nobody has chosen
+    if None in (getattr(part, "log_style", "no such option") for part in seen["parts"]):  # nobody has chosen
         words += ["--log_style", "line"]
     args = _with_defaults(launch.launch_command_parser().parse_args(words))
     try:
@@ -63,6 +66,21 @@ def refuse_stray_words(words: list[str]) -> None:
         raise ValueError(
             f"{args.training_script!r} is neither an option nor the value of one. A YAML file is given with --config."
         )
+
+
+def number_of_processes(words: list[str]) -> int:
+    """How many workers `accelerate launch` starts with these words, on all machines."""
+    words = _flags_without_values(resolve_accelerate_config_argument(words))
+    args = launch.launch_command_parser().parse_args([*words, "-m", "trl_ext", "script.py"])
+    if args.cpu:
+        return 1
+    devices, number = torch.accelerator.device_count(), args.num_processes
+    several = devices > 1 or any(getattr(args, name) for name in _SEVERAL)
+    if args.config_file is not None or os.path.isfile(default_config_file):
+        defaults = load_config_from_file(args.config_file)
+        several = several or defaults.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
+        number = defaults.num_processes if number is None else number
+    return max(1, devices if number is None else number) if several else 1
 
 
 def _flags_without_values(words: list[str]) -> list[str]:

@@ -4,6 +4,21 @@ from typing import Any
 
 import yaml
 
+from .commands import TRAINING
+
+
+def without_dry_run(argv: list[str]) -> tuple[list[str], bool]:
+    """The words without `--dry_run`, and whether it was among them."""
+    written = ("--dry_run", "--dry-run")
+    for word in argv:
+        if word.startswith(tuple(f"{option}=" for option in written)):
+            raise ValueError("--dry_run takes no value; write it, or leave it out.")
+    words = [word for word in argv if word not in written]
+    command = next((word for word in words if not word.startswith("-")), None)
+    if len(words) < len(argv) and command not in TRAINING:
+        raise ValueError(f"--dry_run is for commands that train, not for `trl-ext {command}`.")
+    return words, len(words) < len(argv)
+
 
 def checked_words(argv: list[str]) -> list[str]:
     """

@@ -2,14 +2,13 @@
 
 import importlib.util
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..functional.step_labels import STEP_LABELS
 from ..lookup import import_path
 from ..trainers.grpo.checks import check_cuts
-from ..trainers.input_checks import quoted
+from ..trainers.input_checks import is_number, quoted
 from ..trainers.written import mapping, with_numbers
 
 SEARCHES, BACKENDS = ("all", "first_error"), ("transformers", "vllm")
@@ -214,7 +213,7 @@ def _check_numbers(config: SamplingConfig) -> None:
     check_whole(config, least | {name: 1 for name in ("batch_size", "limit") if getattr(config, name) is not None})
     for name in ("threshold", "temperature", "top_p"):
         value = getattr(config, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not is_number(value):
             raise ValueError(f"{name} must be a number, got {value!r}.")
     if config.temperature <= 0:
         raise ValueError(

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import tqdm
-from datasets import load_dataset
 from transformers import AutoTokenizer, set_seed
 
 from ..trainers.input_checks import require_columns, require_eos, require_texts
+from ..trainers.places import load_rows
 from .answers import AnswerSampler, Labeller, Totals, prompt_ids
 from .config import LabelStepsConfig, SamplingConfig
 from .folder import LabelFolder
@@ -98,7 +98,7 @@ def work_through(
 
 def read_rows(config: SamplingConfig) -> list[dict[str, Any]]:
     """The first `limit` rows of the data."""
-    dataset = load_dataset(config.dataset_name, name=config.dataset_config, split=config.dataset_train_split)
+    dataset = load_rows(config.dataset_name, config.dataset_config, config.dataset_train_split)
     require_columns(dataset, "The data set", ["prompt"])
     for names, why in ((_WRITTEN, "of a column that is written"), (_GIVEN, "under which the verifier is given more")):
         for column in names:

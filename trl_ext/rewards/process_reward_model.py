@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -211,11 +212,9 @@ class ProcessRewardModel:
         """Scores at the places of each row of token ids. The model is causal, so padding on the right is not seen."""
         limit = self.max_length or getattr(self.model.config, "max_position_embeddings", None) or math.inf
         width = int(min(max(len(ids) for ids, _ in batch), limit))
-        lengths = torch.tensor([min(len(ids), width) for ids, _ in batch])
-        input_ids = torch.full((len(batch), width), self.tokenizer.pad_token_id or 0)
-        for row, (ids, _) in enumerate(batch):
-            input_ids[row, : lengths[row]] = torch.tensor(ids[:width])
-        mask = (torch.arange(width) < lengths[:, None]).long()
+        cut = [torch.tensor(ids[:width]) for ids, _ in batch]
+        input_ids = pad_sequence(cut, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in cut], batch_first=True)
         device = next(self.model.parameters()).device
         scores: list[list[float | None]] = [[None] * len(places) for _, places in batch]
         steps = [(row, j) for row, (_, places) in enumerate(batch) for j, place in enumerate(places) if place < width]

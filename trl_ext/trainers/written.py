@@ -18,7 +18,7 @@ def read_as_meant(config: Any) -> None:
     Puts in place what our options mean that were written in YAML or in a shell, before TRL's config reads them.
 
     A mapping may be written in the flow style of YAML, as `{weighting: sequence}`, and numbers in mappings as `1e-3`.
-    `resume_from_checkpoint` may be `true` from a shell, unless there is a folder of that name.
+    `resume_from_checkpoint` may be `true` or `last` from a shell, unless there is a folder of that name.
 
     Raises:
         `ValueError`: If a text that begins with a brace is no mapping, or an option that is no switch is a boolean.
@@ -37,8 +37,17 @@ def read_as_meant(config: Any) -> None:
         if name in config._VALID_DICT_FIELDS:
             setattr(config, name, with_numbers(mapping(name, value)))
     resume = config.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false") and not os.path.isdir(resume):
-        config.resume_from_checkpoint = True if resume.lower() == "true" else None
+    if wants_last(resume):
+        config.resume_from_checkpoint = True
+    elif isinstance(resume, str) and resume.lower() == "false" and not os.path.isdir(resume):
+        config.resume_from_checkpoint = None
+
+
+def wants_last(resume: Any) -> bool:
+    """Whether a value of `resume_from_checkpoint` means the last checkpoint, as no folder is called so."""
+    return resume is True or (
+        isinstance(resume, str) and resume.lower() in ("true", "last") and not os.path.isdir(resume)
+    )
 
 
 def mapping(name: str, value: Any) -> Any:

@@ -15,6 +15,7 @@ import trl
 import yaml
 from datasets import Dataset
 from tiny import assert_same_weights, logged, weights
+from tiny.command import trl_ext_here
 from tiny.dpo import build, pairs, save_moe, words
 
 import trl_ext
@@ -379,7 +380,8 @@ def test_the_card_names_the_method(made, tmp_path):
     assert "- `loss_type`: `bco`\n" in card
 
 
-def test_trl_ext_kto_trains_in_the_worker(tiny_model, tmp_path):
+def test_trl_ext_kto_trains_in_the_worker(tiny_model, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     unpaired(8).to_json(tmp_path / "data" / "train.jsonl")
     options = {
@@ -387,16 +389,12 @@ def test_trl_ext_kto_trains_in_the_worker(tiny_model, tmp_path):
         "max_steps": 2, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "bf16": False, "use_cpu": True,
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
-    command = [sys.executable, "-m", "trl_ext.cli", "kto", "--config", "run.yaml", "--num_processes", "1"]
-    done = subprocess.run(
-        [*command, "--bco_momentum", "0.5"], capture_output=True, text=True, cwd=tmp_path, timeout=500
-    )
+    command = ["kto", "--config", "run.yaml", "--num_processes", "1", "--bco_momentum"]
+    done = trl_ext_here(monkeypatch, capfd, *command, "0.5")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "metrics.jsonl").read_text().count("bco/shift") == 2
     assert (tmp_path / "out" / "model.safetensors").exists()
-    wrong = subprocess.run(
-        [*command, "--bco_momentum", "2"], capture_output=True, text=True, cwd=tmp_path, timeout=500
-    )
+    wrong = trl_ext_here(monkeypatch, capfd, *command, "2")
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     assert "bco_momentum must be a number of at least 0 and below 1, got 2.0." in wrong.stderr
 

@@ -1,7 +1,6 @@
 """An implicit process-reward model that learns while the policy does (PRIME): a second adapter and its rewards."""
 
 import copy
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from trl.trainer.utils import use_adapter
 from ...functional.advantages import Estimator
 from ...functional.process_rewards import implicit_reward_loss
 from ..foreign import Options
-from ..input_checks import warn_user
+from ..input_checks import is_number, warn_user
 from ..shared_prefix import sharding
 from .checks import estimator_row, names_of
 
@@ -52,8 +51,7 @@ class ImplicitPRMOptions:
         options = cls(**given or {})
         for name, value in asdict(options).items():
             positive = name == "threshold" or (isinstance(value, int | float) and value > 0)
-            finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not (finite and positive) and not (name == "learning_rate" and value is None):
+            if not (is_number(value) and positive) and not (name == "learning_rate" and value is None):
                 kind = "a number" if name == "threshold" else "a positive number"
                 raise ValueError(f"{name} of implicit_prm must be {kind}, got {value!r}.")
         return options

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..foreign import Options
 from ..grpo.config import GRPOConfig
+from ..input_checks import is_number
 
 # Optimisers that read the model, or take no parameter groups, or have to be told whether training goes on.
 _NOT_FOR_THE_CRITIC = ("galore", "apollo", "lomo", "schedule_free", "adamw_torch_4bit", "adamw_torch_8bit")
@@ -17,22 +18,18 @@ def _check_numbers(options: Any) -> None:
     inside = {"lam": (0.0, 1.0), "critic_lam": (0.0, 1.0), "missing_eos_penalty": (0.0, math.inf)}
     for name, (low, high) in inside.items():
         value = getattr(options, name)
-        if (value is not None or name == "lam") and not (_finite(value) and low <= value <= high):
+        if (value is not None or name == "lam") and not (is_number(value) and low <= value <= high):
             allowed = "a number in [0, 1]" if high == 1.0 else "a finite number >= 0"
             raise ValueError(f"{name} must be {allowed}, got {value!r}.")
-    if not (_finite(options.gamma) and 0.0 < options.gamma <= 1.0):
+    if not (is_number(options.gamma) and 0.0 < options.gamma <= 1.0):
         raise ValueError(f"gamma must be a number in (0, 1], got {options.gamma!r}.")
     for name in ("cliprange_value", "critic_learning_rate"):
         value = getattr(options, name)
-        if value is not None and not (_finite(value) and value > 0.0):
+        if value is not None and not (is_number(value) and value > 0.0):
             raise ValueError(f"{name} must be a positive number, got {value!r}.")
     steps = options.critic_warmup_steps
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"critic_warmup_steps must be a whole number >= 0, got {steps!r}.")
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_ppo(options: Any) -> None:
