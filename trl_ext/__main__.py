@@ -28,8 +28,7 @@ def main() -> None:
     sys.argv = arguments[as_module:]
     if not as_module and _is_a_command():
         # TRL uses names that transformers has renamed; whoever runs a command can do nothing about that.
-        for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
-            warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning, append=True)
+        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning, append=True)
         import trl
 
         from .scripts.as_meant import ParserAsMeant
