@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 import types
+import warnings
 
 from .registration import register
 
@@ -26,6 +27,8 @@ def main() -> None:
     sys.excepthook = _print_from_the_script_on
     sys.argv = arguments[as_module:]
     if not as_module and _is_a_command():
+        # TRL uses names that transformers has renamed; whoever runs a command can do nothing about that.
+        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning, append=True)
         import trl
 
         from .scripts.as_meant import ParserAsMeant
@@ -36,6 +39,10 @@ def main() -> None:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
             _run_script(sys.argv[0])
+    except KeyboardInterrupt:
+        if as_module or not _is_a_command():
+            raise
+        raise SystemExit(130) from None  # `trl-ext` says how to go on
     except Exception as error:
         said = None if as_module or not _is_a_command() else _sentence(error)
         if said is None:

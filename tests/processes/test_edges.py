@@ -44,6 +44,19 @@ def test_two_processes_equal_one(one_and_two, case):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-6), name
 
 
+def test_a_run_that_learns_nothing_is_told_so_by_one_process_about_all(one_and_two):
+    constant, between = "Reward function 'ones' returned 1.0 for all 320", "All advantages of advantage_estimator="
+    alone, (first, second) = one_and_two
+    for said, begins in (
+        (alone["ones"], constant),
+        (alone["of_process"], "Reward function 'of_process' returned 0.0 for all 320"),
+        (first["ones"], constant),
+        (first["of_process"], between),  # constant on each process, and not over both
+    ):
+        assert len(said) == 1 and said[0].startswith(begins), said
+    assert second["ones"] == second["of_process"] == []
+
+
 @pytest.mark.parametrize("rows", [13, 14, 15])
 def test_uneven_pairs_are_trained_as_by_trl_bit_for_bit(one_and_two, rows):
     for result in (one_and_two[0], *one_and_two[1]):

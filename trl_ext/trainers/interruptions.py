@@ -14,7 +14,6 @@ from torch.utils.data import IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..lookup import import_path
 from .model_card import replace_card_of_adapter
 from .reference import load_reference, save_reference
 from .run_folder import announced, save_batch, warn_of_another_batch
@@ -136,23 +135,6 @@ def keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if parameter.dtype != before.get(name, parameter.dtype):
             parameter.data = parameter.data.to(before[name])
-
-
-def callback_classes(paths: str | list[str] | None) -> list[Any]:
-    """The classes at the dotted paths of the option `callback_paths`; a single string is a list of one."""
-    return [import_path(path, "callback_paths") for path in ([paths] if isinstance(paths, str) else paths or [])]
-
-
-def add_callbacks(trainer: Any, paths: str | list[str] | None) -> None:
-    """
-    Adds the callbacks of the option `callback_paths`, made without arguments. One with an attribute `trainer` is given
-    the trainer.
-    """
-    for cls in callback_classes(paths):
-        callback = cls()
-        if hasattr(callback, "trainer"):
-            callback.trainer = trainer
-        trainer.add_callback(callback)
 
 
 class Interruptible:
