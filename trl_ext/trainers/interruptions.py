@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..lookup import import_path
 from .model_card import replace_card_of_adapter
 from .reference import load_reference, save_reference
+from .trained_head import trained_head, warn_of_trained_head
 
 _STATE_FILE = "trl_ext_state.json"
 
@@ -166,7 +167,11 @@ class Interruptible:
             resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
             if isinstance(self.train_dataset, datasets.IterableDataset | IterableDataset):
                 _warn_of_replayed_rows(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        divided = getattr(self, "is_fsdp_enabled", False)
+        if divided and not self._is_ours:
+            warn_of_trained_head(self)
+        with trained_head(self) if divided and self._is_ours else nullcontext():
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with keeping_dtypes(model or self.model) if self._is_ours else nullcontext():
