@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .model_card import replace_card_of_adapter
 from .reference import load_reference, save_reference
 from .run_folder import announced, save_batch, warn_of_another_batch
+from .trained_head import trained_head, warn_of_trained_head
 
 _STATE_FILE = "trl_ext_state.json"
 
@@ -156,13 +157,16 @@ class Interruptible:
         """The counterpart, when a checkpoint is read."""
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        divided = getattr(self, "is_fsdp_enabled", False)
         if not self._is_ours:
+            if divided:
+                warn_of_trained_head(self)
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
         warn_of_another_batch(self.args, resume_from_checkpoint)
         if isinstance(self.train_dataset, datasets.IterableDataset | IterableDataset):
             _warn_of_replayed_rows(resume_from_checkpoint)
-        with announced(self.args.output_dir, self.args.should_save):
+        with announced(self.args.output_dir, self.args.should_save), trained_head(self) if divided else nullcontext():
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
