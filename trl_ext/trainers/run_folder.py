@@ -38,11 +38,11 @@ def announced(folder: str | Path, is_writer: bool) -> Iterator[None]:
     with suppress(OSError):  # a run that cannot write there says so where it must write
         own.parent.mkdir(parents=True, exist_ok=True)
         own.write_text(json.dumps({"host": host, "pid": pid, "started": time.time()}))
-    # Each writes before it looks, so that of two that begin together at least one sees the other.
-    for path in sorted(own.parent.glob(_RUN.format("*"))):
-        if path != own:
-            _look_at(path, host)
     try:
+        # Each writes before it looks, so that of two that begin together at least one sees the other.
+        for path in sorted(own.parent.glob(_RUN.format("*"))):
+            if path != own:
+                _look_at(path, host)
         yield
     finally:
         with suppress(OSError):
@@ -71,7 +71,8 @@ def _look_at(path: Path, host: str) -> None:
 def _is_running(pid: int, started: float) -> bool:
     """Whether the process that wrote a file still runs; one of the same number that began later is another."""
     try:
-        return psutil.Process(pid).create_time() < started + 60.0  # clocks are set
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < started + 60.0  # clocks are set
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:  # somebody else's
