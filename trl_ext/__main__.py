@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 import types
+from contextlib import AbstractContextManager, nullcontext
 
 from .registration import register
 
@@ -25,17 +26,12 @@ def main() -> None:
     register()
     sys.excepthook = _print_from_the_script_on
     sys.argv = arguments[as_module:]
-    if not as_module and _is_a_command():
-        import trl
-
-        from .scripts.as_meant import ParserAsMeant
-
-        vars(trl)["TrlParser"] = ParserAsMeant  # where scripts ask for it
     try:
         if as_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
-            _run_script(sys.argv[0])
+            with _options_as_meant() if _is_a_command() else nullcontext():
+                _run_script(sys.argv[0])
     except Exception as error:
         said = None if as_module or not _is_a_command() else _sentence(error)
         if said is None:
@@ -63,6 +59,14 @@ def _leave_gloo() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _options_as_meant() -> AbstractContextManager:
+    """Around a script of a command, which asks TRL for its parser."""
+    from .scripts.as_meant import ParserAsMeant
+    from .scripts.in_place import in_place
+
+    return in_place(TrlParser=ParserAsMeant)
 
 
 def _is_a_command() -> bool:
