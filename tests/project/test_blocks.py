@@ -5,7 +5,10 @@ In a page, `<!-- invisible-code-block: python … -->` holds set-up and assertio
 `<!-- skip: next "why" -->` leaves the next block out, and `<!-- slow: next "why" -->` leaves a shell block to
 `pytest -m ''`. Lines that read a YAML file train for one step, or sample answers to one prompt. What is written stays
 in a temporary folder.
-A Python block that begins with the comment `# name.py` is written to that file as well.
+A block that begins with the comment `# name.py` or `# name.yaml` is written to that file as well.
+
+A page of `WALKS` is one run, told from the first line to the last: all its blocks are run in their order, in a folder
+that has the model of the example and nothing else; by plain `pytest` with two steps of training.
 """
 
 import os
@@ -30,6 +33,7 @@ import trl_ext
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")])
+WALKS = {"docs/start.md"}
 NOT_HERE = ("pip ",)  # commands that are left out of a line: installing is the business of `.ci/run`
 
 # How many blocks of a page are left out, and how many are left to `pytest -m ''`. A new one is a decision, taken here.
@@ -41,16 +45,22 @@ SLOW = {
     "docs/methods/process_rewards.md": 1,
     "docs/methods/reward_models.md": 3,
     "docs/quantization.md": 1,
+    "docs/resume.md": 1,
 }
 
 
-def run_python(example):
-    if name := re.match(r"# (\w+\.py)\n", example.parsed):
+def written_to_its_file(example):
+    if name := re.match(r"# (\w+\.(py|yaml))\n", example.parsed):
         Path(name[1]).write_text(example.parsed)
+
+
+def run_python(example):
+    written_to_its_file(example)
     PythonEvaluator()(example)
 
 
 def run_yaml(example):
+    written_to_its_file(example)
     options = yaml.safe_load(example.parsed)
     of_trl = "dpo" if isinstance(options.get("loss_type"), list) else "prm" if "kind" in options else "grpo"
     read_options("label-steps" if "verifier" in options else of_trl, options)
@@ -60,19 +70,21 @@ def left_to_the_other_test(example):
     return None
 
 
-SYBIL = Sybil(
-    parsers=[
-        CodeBlockParser("python", run_python),
-        CodeBlockParser("yaml", run_yaml),
-        CodeBlockParser("bash", left_to_the_other_test),
-        SkipParser(),
-    ],
-    patterns=["*.md"],
-)
+def examples(page, run_shell=left_to_the_other_test):
+    parsers = [("python", run_python), ("yaml", run_yaml), ("bash", run_shell)]
+    sybil = Sybil(parsers=[*(CodeBlockParser(*parser) for parser in parsers), SkipParser()], patterns=["*.md"])
+    return sybil.parse(page).examples()
 
 
 def name_of(page):
     return str(page.relative_to(ROOT))
+
+
+PAGES_TO_RUN = [
+    page
+    for page in PAGES
+    if name_of(page) not in WALKS and re.search("^```(python|yaml)", page.read_text(), re.MULTILINE)
+]
 
 
 def comments(page, kind):
@@ -83,18 +95,15 @@ def comments(page, kind):
 def shell_blocks():
     """`(page and line, comment before it, lines)` of every block of shell lines."""
     for page in PAGES:
-        text = page.read_text()
+        text = page.read_text() if name_of(page) not in WALKS else ""
         for found in re.finditer(r"(?:<!-- (\w+): next .*-->\n)?```bash\n(.*?)```", text, re.DOTALL):
             line = text.count("\n", 0, found.start(2))
             yield f"{name_of(page)}:{line}", found[1], found[2].replace("\\\n", "").splitlines()
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    """The working directory: the root of the repository as it seems, in which nothing that is written stays."""
-    for path in ROOT.iterdir():
-        if not path.name.startswith(".") and path.name != "outputs":
-            (tmp_path / path.name).symlink_to(path)
+def empty(tmp_path, monkeypatch):
+    """The working directory, an empty folder, of which nothing stays imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     loaded = {*sys.modules}
@@ -105,11 +114,18 @@ def root(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if re.search("^```(python|yaml)", page.read_text(), re.M)], ids=name_of
-)
+@pytest.fixture
+def root(empty):
+    """The working directory: the root of the repository as it seems, in which nothing that is written stays."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name != "outputs":
+            (empty / path.name).symlink_to(path)
+    return empty
+
+
+@pytest.mark.parametrize("page", PAGES_TO_RUN, ids=name_of)
 def test_the_python_and_the_yaml_of_a_page_run(page, root):
-    for example in SYBIL.parse(page).examples():
+    for example in examples(page):
         try:
             example.evaluate()
         except SkipTest as reason:
@@ -126,11 +142,6 @@ def test_the_python_and_the_yaml_of_a_page_run(page, root):
 )
 def test_the_lines_of_a_shell_block_run(lines, root, request, monkeypatch, capfd):
     in_a_process = "README" in request.node.name  # those of the other pages train in this one, which has imported TRL
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
     ran = 0
     for line in lines:
         for command in line.split("&&"):
@@ -140,13 +151,51 @@ def test_the_lines_of_a_shell_block_run(lines, root, request, monkeypatch, capfd
                 command += " --limit 1" if {*WITHOUT_TRAINER}.intersection(command.split()) else " --max_steps 1"
             if command.split()[0] == "trl-ext" and not in_a_process:
                 done = trl_ext_here(monkeypatch, capfd, *shlex.split(command, comments=True)[1:])
+                assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
             else:
-                done = subprocess.run(
-                    command, shell=True, env=environment, capture_output=True, text=True, timeout=500
-                )
-            assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+                run_command(command)
             ran += 1
     assert ran, "nothing to run: mark the block with a skip and its reason"
+
+
+def run_command(command):
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+
+
+def two_steps_here(command):
+    """What a worker of `trl-ext grpo` does, without starting one."""
+    program, grpo, *words = command.split()
+    assert (program, grpo) == ("trl-ext", "grpo")
+    with trl_ext.register():
+        from trl.scripts.grpo import main, make_parser
+
+        words += ["--max_steps", "2", "--use_cpu", "true"]
+        main(*make_parser().parse_args_and_config(args=words))
+
+
+def walked(page, folder, run):
+    """The names that the blocks of a page have defined in the end."""
+    model = folder / "recipes/clock/model"
+    model.parent.mkdir(parents=True)
+    model.symlink_to(ROOT / "recipes/clock/model")
+    for example in examples(ROOT / page, lambda example: [run(line) for line in example.parsed.splitlines()] and None):
+        example.evaluate()
+    return example.namespace
+
+
+@pytest.mark.parametrize("run", [two_steps_here, pytest.param(run_command, marks=pytest.mark.slow)])
+def test_the_page_for_beginners_is_one_run_in_an_empty_folder(empty, run):
+    sys.path.insert(0, str(empty))  # as `python my_eval.py` has it
+    names = walked("docs/start.md", empty, run)
+    assert len(names["before"]) == len(names["after"]) == 200
+    if run is run_command:
+        assert names["after"].mean() > names["before"].mean() + 0.3
 
 
 def test_what_is_left_out_is_counted_and_has_a_reason():

@@ -181,3 +181,44 @@ def test_the_public_names_exist():
 
     for name in trl_ext.__all__:
         assert getattr(trl_ext, name) is not None
+
+
+ASKED_MOST = {  # threads of other projects' users, by the question that answers them
+    "The loss is 0": ["trl/issues/2703", "trl/issues/3452", "open-r1/issues/239"],
+    "How do I resume": ["trl/issues/3179", "trl/issues/3635"],
+    "my own data": ["axolotl/issues/3269", "trl/issues/3949"],
+    "Has it learnt": ["mlx-examples/issues/1233"],
+    "merge, generate": ["torchtune/issues/819"],
+    "k1, k2, k3": ["OpenRLHF/pull/797", "trl/pull/3240"],
+    "as an option of GRPO": ["axolotl/issues/3676"],
+    "Step rewards": ["ms-swift/issues/3952", "ms-swift/issues/4024"],
+    "IPO": ["trl/pull/1265", "trl/issues/1677"],
+    "take effect": ["verl/issues/5712"],
+    "GPU memory": ["DeepSeek-R1/issues/559"],
+    "update of TRL": ["unsloth/issues/7376"],
+    "does not rise": [],
+    "negative": [],
+    "vLLM": [],
+    "How many completions": [],
+    "When REINFORCE++": [],
+    "verl, OpenRLHF": [],
+}
+
+
+def test_the_questions_that_are_asked_most_have_an_answer():
+    _, *entries = re.split(r"^## (.+)$", (ROOT / "docs/faq.md").read_text(), flags=re.MULTILINE)
+    answers = dict(zip(entries[::2], entries[1::2], strict=True))
+    for words, threads in ASKED_MOST.items():
+        (answer,) = (text for question, text in answers.items() if words in question)
+        assert all(
+            f"https://github.com/{thread}" in re.sub(r"github\.com/[\w-]+/", "github.com/", answer)
+            for thread in threads
+        )
+        assert "](" in answer or "`" in answer, "without a page or an option to go on with"
+    assert len(answers) == len(ASKED_MOST)
+
+
+def test_what_the_page_on_resuming_names_as_its_test_is_one():
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs/resume.md").read_text())
+    assert len(named) >= 10 and all(f"def {name}(" in sources for name in named)
