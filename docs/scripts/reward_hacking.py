@@ -54,7 +54,7 @@ def draw(runs: dict[str, dict], path: Path) -> None:
             axes.plot(found["step"], found[key], color=color, linestyle=style, label=label)
         axes.set(title=title, xlabel="Optimiser step", ylim=(0, 1.02))
     figure.axes[0].set_ylabel("Mean of the samples")
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    figure.axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)
 
 
