@@ -8,6 +8,8 @@ import sys
 import threading
 import traceback
 import types
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 from .registration import register
 
@@ -26,16 +28,18 @@ def main() -> None:
     sys.excepthook = _print_from_the_script_on
     sys.argv = arguments[as_module:]
     if not as_module and _is_a_command():
-        import trl
-
-        from .scripts.as_meant import ParserAsMeant
-
-        vars(trl)["TrlParser"] = ParserAsMeant  # where scripts ask for it
+        # TRL uses names that transformers has renamed; whoever runs a command can do nothing about that.
+        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning, append=True)
     try:
         if as_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
-            _run_script(sys.argv[0])
+            with _options_as_meant() if _is_a_command() else nullcontext():
+                _run_script(sys.argv[0])
+    except KeyboardInterrupt:
+        if as_module or not _is_a_command():
+            raise
+        raise SystemExit(130) from None  # `trl-ext` says how to go on
     except Exception as error:
         said = None if as_module or not _is_a_command() else _sentence(error)
         if said is None:
@@ -63,6 +67,14 @@ def _leave_gloo() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _options_as_meant() -> AbstractContextManager:
+    """Around a script of a command, which asks TRL for its parser."""
+    from .scripts.as_meant import ParserAsMeant
+    from .scripts.in_place import in_place
+
+    return in_place(TrlParser=ParserAsMeant)
 
 
 def _is_a_command() -> bool:

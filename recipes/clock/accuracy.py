@@ -5,15 +5,15 @@ Held-out accuracy on the clock task, as a function, a trainer callback and a com
 """
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer, TrainerCallback
 
 from recipes.clock.task import outcome_reward
-from trl_ext.trainers.generation import bare_generation_config
+from trl_ext.callbacks import curves_available, draw_curves
+from trl_ext.trainers.generation import bare_generation_config, undisturbed
 
 TEST_FILE = Path(__file__).parent / "data" / "test.jsonl"
 
@@ -54,20 +54,8 @@ def write_completions(model, tokenizer, rows: list[dict], do_sample: bool, seed:
     generation_config = GenerationConfig(
         max_new_tokens=64, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling
     )
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    on_gpu = model.device.type == "cuda"
-    try:
-        with torch.random.fork_rng([model.device] if on_gpu else []):
-            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would also seed the other devices
-            if on_gpu:
-                with torch.cuda.device(model.device):
-                    torch.cuda.manual_seed(seed)
-            with bare_generation_config(model):
-                ids = model.generate(**inputs.to(model.device), generation_config=generation_config)
-    finally:
-        for module in in_training:
-            module.training = True
+    with undisturbed(model, model.device, seed), bare_generation_config(model):
+        ids = model.generate(**inputs.to(model.device), generation_config=generation_config)
     return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -80,78 +68,73 @@ def accuracy(model, tokenizer, rows: list[dict], do_sample: bool, seed: int = 0)
     return sum(outcome_reward([row["prompt"] for row in rows], completions)) / len(rows)
 
 
-def draw_curves(log_history: list[dict], path: str | Path, kl: str = "kl") -> None:
-    """
-    Write a picture of reward, KL to the reference and completion length against the optimiser step.
-
-    Args:
-        log_history (`list[dict]`):
-            The trainer's `state.log_history`. Drawn are its keys `reward`, `kl` and `completions/mean_length`.
-        path (`str` or `Path`):
-            File to write; the suffix gives the format.
-        kl (`str`, *optional*, defaults to `"kl"`):
-            Key of the KL to the reference.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = {
-        "reward": ("Reward, mean", "reward"),
-        kl: ("KL to the reference, nats", "KL"),
-        "completions/mean_length": ("Completion length, tokens", "completion length"),
-    }
-    for axes, (key, (title, noun)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        axes.set(title=title, xlabel="Optimiser step")
-        if points:
-            axes.plot(*zip(*points, strict=True))
-        else:
-            axes.text(0.5, 0.5, f"no {noun} logged", ha="center", va="center", transform=axes.transAxes)
-    figure.savefig(path, dpi=100)
-
-
 class AccuracyReport(TrainerCallback):
     """
-    Measure held-out accuracy before and after training, print both on one line and draw the training curves.
+    Measure held-out accuracy before and after training and print both, with one prompt and its greedy answers.
 
-    The curves go to `<output_dir>/curves.png`. Every process measures, only the first one prints and draws. Training
-    takes the course it would take without the callback.
+    Both are logged, too, as `held_out/greedy` and `held_out/sampled`, and the curves go to `<output_dir>/curves.png`.
+    Every process measures, only the first one prints and draws. Training takes the course it would take without the
+    callback.
     """
 
     test_file = TEST_FILE
-    kl = "kl"
+    next_command = "trl-ext grpo --config recipes/process_grpo_quickstart.yaml"  # a harder task
+    trainer = None  # `callback_paths` sets it; without it nothing is logged
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.before = self._measure(**kwargs)
+        self.rows = read_rows(self.test_file)
+        self.before, self.answers = self._measure(**kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
-        greedy, sampled = self._measure(**kwargs)
+        after, answers = self._measure(**kwargs)
         if not state.is_world_process_zero:
             return
         curves = Path(args.output_dir) / "curves.png"
         curves.parent.mkdir(parents=True, exist_ok=True)
         where = f"curves: {curves}"
-        if importlib.util.find_spec("matplotlib") is None:
-            where = "no curves without matplotlib: pip install matplotlib"
+        if curves_available():
+            draw_curves(state.log_history, curves)
         else:
-            draw_curves(state.log_history, curves, self.kl)
+            where = "no curves without matplotlib: pip install matplotlib"
+        (greedy_before, before), (greedy, sampled) = self.before, after
         print(
-            f"Held-out accuracy, {len(self.rows)} prompts: greedy {self.before[0]:.2f} -> {greedy:.2f}, "
-            f"sampled {self.before[1]:.2f} -> {sampled:.2f} ({where})"
+            f"Held-out accuracy, {len(self.rows)} prompts: greedy {greedy_before:.2f} -> {greedy:.2f}, "
+            f"sampled {before:.2f} -> {sampled:.2f} ({where})"
         )
+        print(f"{self._story(answers)}\nNext, for example: {self.next_command}", flush=True)
 
-    def _measure(self, model, processing_class, **kwargs) -> tuple[float, float]:
-        """Greedy and sampled accuracy on the held-out prompts."""
-        self.rows = read_rows(self.test_file)
-        return tuple(accuracy(model, processing_class, self.rows, do_sample) for do_sample in (False, True))
+    def _story(self, answers: list[str]) -> str:
+        """One prompt and its answers before and after: the first that was learned, or the first of all."""
+        right = [self._right(before_or_after) for before_or_after in (self.answers, answers)]
+        learned = [now > then for then, now in zip(*right, strict=True)]
+        index = learned.index(True) if any(learned) else 0
+        which = "the first prompt that it has learned to answer" if any(learned) else "the first prompt"
+        lines = [f"{which.capitalize()}: {self.rows[index]['prompt'][-1]['content']}"]
+        for when, texts, rewards in zip(("before", "after"), (self.answers, answers), right, strict=True):
+            said = " ".join(texts[index].split()) or "(nothing)"
+            lines.append(f"  {when:<6} {said}  ({'right' if rewards[index] else 'wrong'})")
+        return "\n".join(lines)
+
+    def _right(self, completions: list[str]) -> list[float]:
+        return outcome_reward([row["prompt"] for row in self.rows], completions)
+
+    def _measure(self, model, processing_class, **kwargs) -> tuple[tuple[float, float], list[str]]:
+        """Greedy and sampled accuracy on the held-out prompts, and the greedy answers."""
+        greedy, sampled = (
+            write_completions(model, processing_class, self.rows, do_sample) for do_sample in (False, True)
+        )
+        found = sum(self._right(greedy)) / len(self.rows), sum(self._right(sampled)) / len(self.rows)
+        if self.trainer is not None:
+            # Not the trainer's own `log`, which would flush the averages of the current logging period.
+            Trainer.log(self.trainer, dict(zip(("held_out/greedy", "held_out/sampled"), found, strict=True)))
+        return found, greedy
 
 
 class HardAccuracyReport(AccuracyReport):
     """As [`AccuracyReport`], on the held-out prompts of the hard base's data."""
 
     test_file = Path(__file__).parent / "hard" / "data" / "test.jsonl"
+    next_command = "trl-ext ppo --config recipes/ppo_process_quickstart.yaml"  # with a critic of steps
 
 
 def main() -> None:

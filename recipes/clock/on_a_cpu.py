@@ -119,9 +119,7 @@ class Weights:
 class AsyncAccuracyReport(AccuracyReport):
     """As [`AccuracyReport`], for a model that the asynchronous trainer has given an attention of its own."""
 
-    kl = "kl/reference"
-
-    def _measure(self, model: Any, processing_class: Any, **kwargs) -> tuple[float, float]:
+    def _measure(self, model: Any, processing_class: Any, **kwargs) -> tuple[tuple[float, float], list[str]]:
         inner = getattr(model, "module", model)
         inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
         inner.set_attn_implementation("sdpa")

@@ -46,7 +46,9 @@ def test_trl_ext_grpo_trains_with_our_options_in_every_worker(folder):
         "--advantage_kwargs", "{}", "--main_process_port", "0", "--dataset_name", "data/train.jsonl",
         results=["rank0of2", "rank1of2", "out/model.safetensors"],
     )  # fmt: skip
-    assert "advantages/std" in printed
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("step ")] == ["1/2", "2/2"]
+    entries = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2, 2] and "advantages/std" in entries[1], "of one process"
 
 
 def test_a_users_script_gets_our_classes_and_options_in_both_processes(folder):

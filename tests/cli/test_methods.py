@@ -126,7 +126,10 @@ def test_the_names_that_an_option_may_be_are_accepted_and_no_other():
         config(PRMConfig, kind=kind)
     for reduction in CHOICES["dpo", "logp_reduction"]:
         config(DPOConfig, logp_reduction=reduction, loss_type=["dpop"])
+    for style in CHOICES["grpo", "log_style"]:
+        config(GRPOConfig, log_style=style)
     for cls, options in [
+        (GRPOConfig, {"log_style": "typo"}),
         (GRPOConfig, {"kl_placement": "typo", "beta": 0.1}),
         (GRPOConfig, {"kl_placement": "loss", "beta": 0.1, "kl_target": 0.1, "kl_target_unit": "typo"}),
         (PRMConfig, {"kind": "typo"}),

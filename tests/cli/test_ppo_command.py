@@ -37,7 +37,8 @@ def folder(tmp_path, tiny_model, monkeypatch):
 def test_it_trains_policy_and_critic_in_the_worker(folder, monkeypatch, capfd):
     done = trl_ext_here(monkeypatch, capfd, "ppo", "--config", "run.yaml", "--lam", "0.9")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("value/explained_variance") == 2
+    assert done.stdout.count("  explained ") == 2, "a line for each step"
+    assert Path("out/metrics.jsonl").read_text().count("value/explained_variance") == 2
     assert {"config.json", "critic.safetensors", "model.safetensors"} <= {p.name for p in Path("out/critic").iterdir()}
     card = json.loads(Path("out/config.json").read_text())
     assert card["architectures"] == ["Qwen3ForCausalLM"]

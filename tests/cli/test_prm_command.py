@@ -37,7 +37,9 @@ def test_it_trains_a_model_that_its_folder_loads(folder, monkeypatch, capfd):
     words = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--label_threshold", "0.7"]
     done = trl_ext_here(monkeypatch, capfd, "prm", "--config", "run.yaml", *words)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("eval_first_error_accuracy") == 2 and done.stdout.count("'brier'") == 2
+    metrics = Path("out/metrics.jsonl").read_text()
+    assert metrics.count("eval_first_error_accuracy") == 2 and metrics.count('"brier"') == 2
+    assert done.stdout.count("  accuracy ") == 4, "a line for each step and each evaluation"
     assert json.loads(Path("out/adapter_config.json").read_text())["task_type"] == "TOKEN_CLS"
     scores = ProcessRewardModel("out")(prompts=PROMPTS, completion_steps=STEPS)
     assert [len(row) for row in scores] == [3, 1, 2, 3] and 0.0 < scores[0][0] < 1.0

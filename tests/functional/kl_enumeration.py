@@ -226,7 +226,7 @@ def draw(path):
     scales = torch.logspace(-2, 0.6, 60, dtype=torch.float64)
     policies = [(s * direction).softmax(0) for s in scales]
     distances = [kl(p, reference).item() for p in policies]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     value, gradient = figure.subplots(1, 2)
     for estimator in (k1, k2, k3):
         ratio = [
@@ -254,8 +254,8 @@ def draw(path):
         xscale="log", xlabel="KL(policy‖ref), nats", ylabel="relative error", title="Expected gradient, on-policy"
     )
     gradient.set_ylim(-0.05, 1.6)
-    for axes in (value, gradient):
-        axes.legend(fontsize=7, loc="center left")
+    for axes in (value, gradient):  # below the axes, where no curve is
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3 if axes is value else 2)
     figure.savefig(path, dpi=110)
 
 

@@ -1,15 +1,11 @@
-"""Two processes where the batches do not come out even; and the launch files of `recipes/accelerate`."""
-
-from pathlib import Path
+"""Two processes where the batches do not come out even."""
 
 import launch
 import pytest
 import torch
 import two_processes_edges
-from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from two_processes_edges import DPO, GRPO
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -48,6 +44,19 @@ def test_two_processes_equal_one(one_and_two, case):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-6), name
 
 
+def test_a_run_that_learns_nothing_is_told_so_by_one_process_about_all(one_and_two):
+    constant, between = "Reward function 'ones' returned 1.0 for all 320", "All advantages of advantage_estimator="
+    alone, (first, second) = one_and_two
+    for said, begins in (
+        (alone["ones"], constant),
+        (alone["of_process"], "Reward function 'of_process' returned 0.0 for all 320"),
+        (first["ones"], constant),
+        (first["of_process"], between),  # constant on each process, and not over both
+    ):
+        assert len(said) == 1 and said[0].startswith(begins), said
+    assert second["ones"] == second["of_process"] == []
+
+
 @pytest.mark.parametrize("rows", [13, 14, 15])
 def test_uneven_pairs_are_trained_as_by_trl_bit_for_bit(one_and_two, rows):
     for result in (one_and_two[0], *one_and_two[1]):
@@ -64,21 +73,3 @@ def test_the_cases_are_what_they_say(one_and_two):
     assert truncated["completions/clipped_ratio"] == 0.5
     evaluated = [entry for entry in one_and_two[1][0]["uneven: leave_one_out"]["log"] if "eval_loss" in entry]
     assert len(evaluated) == 3
-
-
-SHARDED = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_accelerate_reads_the_config(name):
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == SHARDED.keys()
-    config = load_config_from_file(str(RECIPES / f"{name}.yaml"))
-    assert isinstance(config, ClusterConfig) and str(config.distributed_type.value) == SHARDED[name]
-    assert config.num_processes == 2 and config.mixed_precision == "bf16"
-    if name == "fsdp2":
-        assert config.fsdp_config["fsdp_version"] == 2
-    if name.startswith("deepspeed"):
-        assert config.deepspeed_config["zero_stage"] == int(name[-1])
-    text = (RECIPES / f"{name}.yaml").read_text()
-    assert text.startswith("#") and len(text.splitlines()) <= 40
-    assert ("Nobody has run it" in text) == (name != "ddp")

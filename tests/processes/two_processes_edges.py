@@ -3,10 +3,12 @@ Worker of `test_edges.py`: batches that do not come out even, and a process all 
 what this process saw to `<folder>/<rank>of<world>.pt`.
 """
 
+import warnings
 from pathlib import Path
 
 import tiny.dpo as tiny_dpo
 import trl
+from accelerate import PartialState
 from datasets import Dataset
 from tiny import PROMPTS, build, scripted_rollout, weights
 from two_processes import BATCH, CASES
@@ -46,6 +48,17 @@ DPO = {f"uneven pairs: {rows}, {who}": (rows, *LOSSES[who]) for rows in (13, 14,
 DPO["uneven pairs: 15, β-DPO"] = (15, DPOTrainer, DPOConfig, "beta_dpo")
 
 
+def ones(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def of_process(completions, **kwargs):
+    return [float(PartialState().process_index)] * len(completions)
+
+
+NOTHING_LEARNED = {"ones": ones, "of_process": of_process}
+
+
 def of_completion(completion_ids, **kwargs):
     return [(sum(ids) % 7) / 7 for ids in completion_ids]
 
@@ -83,6 +96,15 @@ def run(model: str, folder: Path, world_size: int) -> dict:
             **{**options, "max_steps": 6},
         )
         results[name] = finished(trainer, world_size)
+    for name, reward in NOTHING_LEARNED.items():
+        trainer = build(
+            GRPOTrainer, GRPOConfig, model, folder, rollout_func=scripted_rollout, reward_funcs=reward, max_steps=10,
+            advantage_estimator="group_mean", per_device_train_batch_size=32 // world_size,
+        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        results[name] = [text for w in caught if "first 10 steps" in (text := str(w.message))]
     return results
 
 

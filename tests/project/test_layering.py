@@ -14,7 +14,7 @@ LAYERS = [
     {"functional"},
     {"citations", "lookup", "sharded", "upstream"},
     {"papers", "upstream_async"},
-    {"rewards", "packed"},
+    {"callbacks", "rewards", "packed"},
     {"trainers"},
     {"labels"},
     {"rejection_sampling"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"__init__"},
 ]
 SEES_TRL = {"rewards", "packed", "trainers", "labels", "rejection_sampling", "registration", "scripts", "cli"}
-SEES_TRL |= {"__main__", "sharded", "upstream", "upstream_async"}
+SEES_TRL |= {"__main__", "callbacks", "sharded", "upstream", "upstream_async"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -61,7 +61,7 @@ def _run(argv: list[str], undo: ExitStack) -> int:
         from .launch import launch_training_script
         from .parser import parser_class
 
-        launcher: Any = launch_training_script
+        launcher: Any = partial(launch_training_script, seen)
         if dry_run:
             from . import dry_run as rehearsed
 

@@ -1,8 +1,10 @@
 """The worker processes: `accelerate launch … -m trl_ext <TRL's script> …`."""
 
+import argparse
 import importlib.resources
 import os
 import subprocess
+from typing import Any
 
 import torch
 from accelerate.commands import launch
@@ -14,9 +16,17 @@ from .commands import COMMANDS
 
 _SEVERAL = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")  # without one it starts one process
 
+# What `accelerate launch` takes where nothing is said, with a warning of several lines.
+_DEFAULTS = {"num_processes": 1, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
 
-def launch_training_script(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
-    """As TRL's, with `-m trl_ext` put before the script: a patch of this process would not reach the workers."""
+
+def launch_training_script(
+    seen: dict[str, Any], script_name: str, launch_args: list[str], training_script_args: list[str]
+) -> None:
+    """
+    As TRL's, with `-m trl_ext` put before the script: a patch of this process would not reach the workers. `seen` is
+    what the parser has seen of the run.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -24,7 +34,9 @@ def launch_training_script(script_name: str, launch_args: list[str], training_sc
     script = str(importlib.resources.files(package).joinpath(script_name.replace("-", "_")))
     words = [*_flags_without_values(launch_args), "-m", "trl_ext", script, *training_script_args]
     refuse_stray_words(words)
-    args = launch.launch_command_parser().parse_args(words)
+    if None in (getattr(part, "log_style", "no such option") for part in seen["parts"]):  # nobody has chosen
+        words += ["--log_style", "line"]
+    args = _with_defaults(launch.launch_command_parser().parse_args(words))
     try:
         launch.launch_command(args)
     except ChildFailedError as error:  # with several processes; one raises `CalledProcessError`
@@ -32,6 +44,19 @@ def launch_training_script(script_name: str, launch_args: list[str], training_sc
         raise subprocess.CalledProcessError(failure.exitcode, args.training_script) from error
     except SignalException as error:
         raise KeyboardInterrupt from error
+
+
+def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """
+    The arguments with accelerate's defaults written out, where it would use them and has nothing else to say: without
+    a file of its configuration, and with one device at most.
+    """
+    several = any(getattr(args, name) for name in _SEVERAL) or torch.accelerator.device_count() > 1
+    if not several and args.config_file is None and not os.path.isfile(default_config_file):
+        for name, value in _DEFAULTS.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    return args
 
 
 def refuse_stray_words(words: list[str]) -> None:

@@ -9,6 +9,7 @@ from ..functional.step_labels import STEP_LABELS
 from ..functional.step_objectives import STEP_OBJECTIVES
 from ..labels.config import BACKENDS, SEARCHES
 from ..rewards.step_format import SEPARATORS
+from ..trainers.callbacks import LOG_STYLES
 from ..trainers.dpo.losses import TRL_LOSSES
 from ..trainers.grpo.checks import DEFAULT_ESTIMATOR
 
@@ -29,6 +30,7 @@ CHOICES: Mapping[tuple[str, str], list[str]] = {
     **{(command, "kl_target_unit"): ["token", "sequence"] for command in ("grpo", "ppo")},
     **{(command, "loss_type"): GRPO_LOSSES for command in ("grpo", "ppo")},
     ("dpo", "logp_reduction"): ["sum", "mean"],
+    **{(command, "log_style"): [*LOG_STYLES] for command in ("grpo", "ppo", "dpo", "kto", "prm")},
     ("prm", "kind"): [*SEPARATORS],
     ("prm", "objective"): [*STEP_OBJECTIVES],
     ("label-steps", "estimate"): [*STEP_LABELS],

@@ -1,4 +1,4 @@
-"""Generating exactly as asked: a model's own `generation_config` fills what a call leaves open."""
+"""Generating exactly as asked, and without a trace in the training that it interrupts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,3 +28,32 @@ def bare_generation_config(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for part, config in zip(holders, before, strict=True):
             part.generation_config = config
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module, device: torch.device, seed: int) -> Iterator[None]:
+    """
+    Evaluation mode and a seed; afterwards the mode of each module, and the random states of the CPU and of `device`,
+    are as they were.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model that is evaluated.
+        device (`torch.device`):
+            Where it is.
+        seed (`int`):
+            Seed of what is drawn meanwhile.
+    """
+    in_training = [module for module in model.modules() if module.training]
+    on_gpu = device.type == "cuda"
+    model.eval()
+    try:
+        with torch.random.fork_rng([device] if on_gpu else []):
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would also seed the other devices
+            if on_gpu:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            yield
+    finally:
+        for module in in_training:
+            module.training = True

@@ -124,8 +124,9 @@ def quoted(names: Iterable[str]) -> str:
 
 
 def warn_user(message: str) -> None:
-    """Warns at the line outside trl_ext and TRL that led here, so that Python shows a line of the user's."""
-    inside = (str(Path(__file__).parents[1]), str(Path("site-packages", "trl")), "<string>")
+    """Warns at the line outside trl_ext, TRL and what is below that led here: Python shows a line of the user's."""
+    below = [str(Path("site-packages", name)) for name in ("trl", "transformers", "accelerate", "torch")]
+    inside = (str(Path(__file__).parents[1]), *below, "<string>")
     frame, depth = sys._getframe(1), 2
     while frame.f_back and any(place in frame.f_code.co_filename for place in inside):
         frame, depth = frame.f_back, depth + 1

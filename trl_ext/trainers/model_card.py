@@ -31,7 +31,8 @@ def model_card_with_options(trainer: Any, rows: Iterable[Any], also: Iterable[st
             Fields of TRL's config to list with ours, such as `beta`.
     """
     rows, options = list(rows), dict(sorted(options_set(trainer.args).items()))
-    options.pop("callback_paths", None)  # not a part of the method
+    for name in ("callback_paths", "log_style"):  # not a part of the method
+        options.pop(name, None)
     if not rows and not options:
         yield
         return

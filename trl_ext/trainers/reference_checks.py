@@ -105,6 +105,11 @@ def check_policy(options: Any, given: dict[str, Any]) -> None:
             f"ref_refresh_* keeps the reference as a second adapter, and bias={bias!r} trains biases of the base "
             "model, which both would share. Use bias='none'."
         )
+    if options.use_vllm and (whole := getattr(config, "modules_to_save", None)):
+        raise ValueError(
+            "ref_refresh_* keeps the reference as a second adapter, whose copies of modules_to_save="
+            f"{sorted(whole)} TRL would send to vLLM, which has no such weights. Leave one of them out."
+        )
     if options.ref_refresh_alpha not in (None, 1.0):
         raise ValueError(
             f"ref_refresh_alpha={options.ref_refresh_alpha} needs a policy without an adapter: a mixture of the "

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from ..functional.advantages import ADVANTAGE_ESTIMATORS
 from ..functional.kl import KL_ESTIMATORS
+from .callbacks import LOG_STYLE_HELP
 from .input_checks import quoted
 
 
@@ -89,3 +90,4 @@ class SharedOptions:
         default=None,
         metadata={"help": "Dotted paths of TrainerCallback classes to add to the trainer."},
     )
+    log_style: str | None = field(default=None, metadata={"help": LOG_STYLE_HELP})

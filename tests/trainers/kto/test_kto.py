@@ -392,7 +392,8 @@ def test_trl_ext_kto_trains_in_the_worker(tiny_model, tmp_path, monkeypatch, cap
     command = ["kto", "--config", "run.yaml", "--num_processes", "1", "--bco_momentum"]
     done = trl_ext_here(monkeypatch, capfd, *command, "0.5")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "bco/shift" in done.stdout and (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "metrics.jsonl").read_text().count("bco/shift") == 2
+    assert (tmp_path / "out" / "model.safetensors").exists()
     wrong = trl_ext_here(monkeypatch, capfd, *command, "2")
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     assert "bco_momentum must be a number of at least 0 and below 1, got 2.0." in wrong.stderr

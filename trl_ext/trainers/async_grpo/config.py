@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from trl.experimental.async_grpo.async_grpo_config import AsyncGRPOConfig as _AsyncGRPOConfig
 
+from ..callbacks import check_log
 from ..foreign import OnlyInOurTrainer, Options, warn_of_foreign_fields
 from ..grpo.checks import check_num_generations, check_steps, check_texts
-from ..interruptions import callback_classes
 from ..shared_options import SharedOptions
 from ..written import read_as_meant
 from .checks import check_advantages, check_kl, check_process_reward_model, check_reward_weights
@@ -57,6 +57,8 @@ class AsyncGRPOConfig(OnlyInOurTrainer, SharedOptions, _AsyncGRPOConfig):
             without accelerator.
         callback_paths (`list[str]` or `str`, *optional*):
             Dotted paths of [`~transformers.TrainerCallback`] classes.
+        log_style (`str`, *optional*):
+            `"line"` or `"full"`: what is printed of each log entry.
     """
 
     _VALID_DICT_FIELDS = [*_AsyncGRPOConfig._VALID_DICT_FIELDS, "advantage_kwargs", "process_reward_model"]
@@ -87,4 +89,4 @@ class AsyncGRPOConfig(OnlyInOurTrainer, SharedOptions, _AsyncGRPOConfig):
         check_kl(options)
         check_steps(options)
         check_process_reward_model(options)
-        callback_classes(options.callback_paths)
+        check_log(options)

@@ -10,10 +10,11 @@ from trl.experimental.async_grpo.async_grpo_trainer import AsyncGRPOTrainer as _
 from ...rewards import ProcessRewardModel
 from ...upstream import check_overridden
 from ...upstream_async import check_columns
+from ..callbacks import add_callbacks
 from ..foreign import Needed, Options
 from ..grpo.checks import check_data
 from ..grpo.kl import BetaController
-from ..interruptions import Interruptible, add_callbacks
+from ..interruptions import Interruptible
 from ..model_card import add_model_tag, model_card_with_options
 from .checks import check_arguments, kl_choice
 from .child import scoring_loop
@@ -60,8 +61,8 @@ class AsyncGRPOTrainer(Interruptible, _AsyncGRPOTrainer):
             del given["self"]
             args, kwargs = (), {**given, "reward_funcs": [*functions, model]}
         super().__init__(*args, **kwargs)
-        add_callbacks(self, options.callback_paths)
         self._take_over(options)
+        add_callbacks(self, options)
         if self._is_ours:
             add_model_tag(self)
 

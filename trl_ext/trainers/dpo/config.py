@@ -6,8 +6,8 @@ from typing import Any
 from trl.trainer.dpo_config import DPOConfig as _DPOConfig
 
 from ...functional.preference import PREFERENCE_LOSSES, PSIS
+from ..callbacks import LOG_STYLE_HELP, check_log
 from ..foreign import OnlyInOurTrainer, Options, option, options_set, warn_of_foreign_fields
-from ..interruptions import callback_classes
 from ..reference_checks import check_reference
 from ..shared_prefix import check_shared_prefix
 from ..written import read_as_meant
@@ -48,6 +48,10 @@ class DPOConfig(OnlyInOurTrainer, _DPOConfig):
             Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments.
             One with an attribute `trainer`, such as `trl_ext.trainers.dpo.samples.PolicySamples`, is given the
             trainer.
+        log_style (`str`, *optional*):
+            What is printed of each log entry: `"line"`, the few numbers that tell whether the run learns, with all of
+            them in `metrics.jsonl`; `"full"`, all of them, as transformers prints them. `None`: `"line"` with a
+            command of `trl-ext`, `"full"` in Python.
         shared_prefix (`bool`, *optional*):
             Whether the prompt of each pair is computed once and padding not at all, with the same losses and
             gradients. See docs/performance.md for what it gains and when it falls back to TRL's forward.
@@ -109,6 +113,7 @@ class DPOConfig(OnlyInOurTrainer, _DPOConfig):
         default=None,
         metadata={"help": "Dotted paths of TrainerCallback classes to add to the trainer."},
     )
+    log_style: str | None = field(default=None, metadata={"help": LOG_STYLE_HELP})
     shared_prefix: bool | None = field(
         default=None,
         metadata={"help": "Compute the prompt of each pair once and no padding. Default: TRL's own forward."},
@@ -134,7 +139,7 @@ class DPOConfig(OnlyInOurTrainer, _DPOConfig):
         warn_of_foreign_fields(self)
         read_as_meant(self)
         super().__post_init__()
-        callback_classes(option(self, "callback_paths"))
+        check_log(Options(self))
         check_columns(self)
         if (reduction := option(self, "logp_reduction")) not in (None, "sum", "mean"):
             raise ValueError(f"logp_reduction must be 'sum' or 'mean', got {reduction!r}.")

@@ -1,6 +1,5 @@
 """What preference training does to the policy's own samples: the true KL, length and reward, as a callback."""
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -11,7 +10,8 @@ from accelerate.utils import is_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, Trainer, TrainerCallback
 
-from ..generation import bare_generation_config
+from ..generation import bare_generation_config, undisturbed
+from .taps import overridden
 
 
 class PolicySamples(TrainerCallback):
@@ -110,7 +110,8 @@ class PolicySamples(TrainerCallback):
         rows = list(itertools.islice(data, self.num_prompts))
         size = 2 * trainer.args.per_device_eval_batch_size
         log_ratios, completions = [], []
-        with _undisturbed(trainer, self.seed):
+        # `ld_alpha` weighs no sample
+        with overridden(trainer, ld_alpha=None), undisturbed(trainer.model, trainer.accelerator.device, self.seed):
             for start in range(0, len(rows), size):
                 prompts = [row["prompt_ids"] for row in rows[start : start + size]]
                 batch = self._sample(prompts)
@@ -181,21 +182,3 @@ class PolicySamples(TrainerCallback):
             trainer.ref_model or trainer.model, {**inputs, "completion_mask": mask}
         )
         return (logps - torch.cat(reference)).cpu()
-
-
-@contextlib.contextmanager
-def _undisturbed(trainer, seed: int):
-    """Evaluation mode, seeded; afterwards modes and random states are as they were. `ld_alpha` weighs no sample."""
-    training = [module for module in trainer.model.modules() if module.training]
-    ld_alpha = trainer.ld_alpha
-    devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
-    trainer.model.eval()
-    trainer.ld_alpha = None
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        trainer.ld_alpha = ld_alpha
-        for module in training:
-            module.training = True

@@ -14,9 +14,10 @@ from trl.trainer.dpo_trainer import DPOTrainer as _DPOTrainer
 
 from ...functional.preference import LossState, PairBatch
 from ...upstream import UpstreamChanged, check_overridden
-from ..foreign import Needed, option
+from ..callbacks import add_callbacks
+from ..foreign import Needed, Options
 from ..input_checks import column_names, datasets_of, require_columns, require_eos, require_texts
-from ..interruptions import Interruptible, add_callbacks
+from ..interruptions import Interruptible
 from ..model_card import add_model_tag, model_card_with_options
 from ..moving_reference import MovesReference
 from ..shared_prefix import SharesPrefixes
@@ -75,7 +76,7 @@ class DPOTrainer(MovesReference, SharesPrefixes, Interruptible, _DPOTrainer):
         if self._columns:  # not before: the precompute pass inside the constructor must see TRL's collator
             self.data_collator = CollatorWithColumns(self.data_collator, self._columns)
         self._checked = ()  # no longer held in memory
-        add_callbacks(self, option(config, "callback_paths"))
+        add_callbacks(self, Options(config))
 
     @property
     def _is_ours(self) -> bool:  # type: ignore[override]

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from trl.trainer.grpo_config import GRPOConfig as _GRPOConfig
 
+from ..callbacks import check_log
 from ..foreign import OnlyInOurTrainer, Options, warn_of_foreign_fields
-from ..interruptions import callback_classes
 from ..reference_checks import check_reference
 from ..shared_options import SharedOptions
 from ..written import read_as_meant
@@ -76,6 +76,10 @@ class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
         callback_paths (`list[str]` or `str`, *optional*):
             Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments.
             One with an attribute `trainer` is given the trainer.
+        log_style (`str`, *optional*):
+            What is printed of each log entry: `"line"`, the few numbers that tell whether the run learns, with all of
+            them in `metrics.jsonl`; `"full"`, all of them, as transformers prints them. `None`: `"line"` with a
+            command of `trl-ext`, `"full"` in Python.
         shared_prefix (`bool`, *optional*):
             Whether the prompt of each group is computed once and padding not at all, with the same losses and
             gradients. See docs/performance.md for what it gains and when it falls back to TRL's forward.
@@ -163,7 +167,7 @@ class GRPOConfig(OnlyInOurTrainer, SharedOptions, _GRPOConfig):
         check_packed_steps(options, kl_in_loss=self.beta != 0.0 and kl_choice(options)[0] != "reward")
         check_policy_kl(options)
         check_reference(options)
-        callback_classes(options.callback_paths)
+        check_log(options)
 
     @property
     def _rollouts_reused(self) -> bool:

@@ -7,9 +7,10 @@ import torch
 from trl.trainer.grpo_trainer import GRPOTrainer as _GRPOTrainer
 
 from ...upstream import check_overridden
+from ..callbacks import add_callbacks
 from ..foreign import Needed, Options
 from ..input_checks import require_eos
-from ..interruptions import Interruptible, add_callbacks, resumable
+from ..interruptions import Interruptible, resumable
 from ..model_card import add_model_tag, model_card_with_options
 from .checks import check_data, check_given, kl_choice, makes_own_prompts
 from .config import GRPOConfig as GRPOConfig
@@ -64,8 +65,8 @@ class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Greedy, Trus
         if ours and not self.use_vllm and not makes_own_prompts(given):
             require_eos(self._tokenizer)
             check_data(given, options, self._tokenizer)
-        add_callbacks(self, options.callback_paths)
         self._take_over(options)
+        add_callbacks(self, options)
         if self._is_ours:
             add_model_tag(self)
 
@@ -129,13 +130,12 @@ class GRPOTrainer(WithImplicitPRM, RefreshesReference, PackedSteps, Greedy, Trus
     def _replace_advantages(self, scoring: Scoring, rollout: Rollout, output: dict):
         """Puts our advantages in place of TRL's: `(B,)` or `(B, T)`, local rows; and in its table and metrics."""
         mode, mask, beta = self._mode, output["completion_mask"] * output.get("tool_mask", 1), self.beta
-        kl_penalty = None
+        kl = None
         if (penalty := self._penalty_now) is not None and penalty.in_reward:
             per_token_kl, sums = penalty.of_sampler(output, mask)
-            kl_penalty = beta * scoring.gathered(per_token_kl)
+            kl = beta * scoring.gathered(per_token_kl)
             self._observe_kl(sums, end_of_step=True)
-        extras = self._extras(rollout, output, mask)
-        batch = scoring.batch(rollout, mask, self._group_size, kl_penalty=kl_penalty, **extras)
+        batch = scoring.batch(rollout, mask, self._group_size, kl_penalty=kl, **self._extras(rollout, output, mask))
         advantages = scoring.advantages(batch)
         output["advantages"] = scoring.local(advantages, output)
         if advantages.dim() == 2:

@@ -6,9 +6,9 @@ from typing import Any
 from trl.trainer.kto_config import KTOConfig as _KTOConfig
 
 from ...functional.preference import UNPAIRED_LOSSES
+from ..callbacks import LOG_STYLE_HELP, check_log
 from ..foreign import OnlyInOurTrainer, Options, options_set, warn_of_foreign_fields
 from ..input_checks import is_number, quoted
-from ..interruptions import callback_classes
 from ..written import read_as_meant
 
 TRL_LOSSES = ["kto", "apo_zero_unpaired"]
@@ -30,6 +30,10 @@ class KTOConfig(OnlyInOurTrainer, _KTOConfig):
         callback_paths (`list[str]` or `str`, *optional*):
             Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments.
             One with an attribute `trainer` is given the trainer.
+        log_style (`str`, *optional*):
+            What is printed of each log entry: `"line"`, the few numbers that tell whether the run learns, with all of
+            them in `metrics.jsonl`; `"full"`, all of them, as transformers prints them. `None`: `"line"` with a
+            command of `trl-ext`, `"full"` in Python.
     """
 
     loss_type: str = field(
@@ -44,13 +48,14 @@ class KTOConfig(OnlyInOurTrainer, _KTOConfig):
         default=None,
         metadata={"help": "Dotted paths of TrainerCallback classes to add to the trainer."},
     )
+    log_style: str | None = field(default=None, metadata={"help": LOG_STYLE_HELP})
 
     def __post_init__(self):
         warn_of_foreign_fields(self)
         read_as_meant(self)
         super().__post_init__()
         options = Options(self)
-        callback_classes(options.callback_paths)
+        check_log(options)
         check_loss(options)
 
     def options_for_our_trainer(self) -> dict[str, Any]:

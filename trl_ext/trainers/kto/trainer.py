@@ -10,11 +10,12 @@ from trl.trainer.kto_trainer import KTOTrainer as _KTOTrainer
 
 from ...functional.preference import UNPAIRED_LOSSES, MovingRewards, UnpairedBatch, UnpairedLoss
 from ...upstream import UpstreamChanged, check_overridden
+from ..callbacks import add_callbacks
 from ..dpo.pairs import mean_over_processes
 from ..dpo.taps import FirstOutput, overridden
 from ..foreign import Needed, Options
 from ..input_checks import datasets_of, require_eos
-from ..interruptions import Interruptible, add_callbacks
+from ..interruptions import Interruptible
 from ..model_card import add_model_tag, model_card_with_options
 from .config import WITHOUT_KL
 from .config import KTOConfig as KTOConfig
@@ -58,7 +59,7 @@ class KTOTrainer(Interruptible, _KTOTrainer):
             self._needed = Needed(KTOTrainer, {"_compute_loss": ("_compute_loss", "compute_loss")})
             self._needed.add("_compute_loss", f"loss_type={self._loss_name!r}")
             add_model_tag(self)
-        add_callbacks(self, options.callback_paths)
+        add_callbacks(self, options)
 
     @property
     def _is_ours(self) -> bool:  # type: ignore[override]

@@ -7,8 +7,8 @@ from trl.trainer.reward_config import RewardConfig as _RewardConfig
 
 from ...functional.step_objectives import STEP_OBJECTIVES
 from ...rewards.step_format import SEPARATORS, StepFormat
+from ..callbacks import LOG_STYLE_HELP, check_log
 from ..foreign import OnlyInOurTrainer, Options, warn_of_foreign_fields
-from ..interruptions import callback_classes
 from ..written import read_as_meant
 
 _KINDS = ", ".join(f"'{kind}'" for kind in SEPARATORS)
@@ -83,6 +83,10 @@ class PRMConfig(OnlyInOurTrainer, _RewardConfig):
         callback_paths (`str` or `list[str]`, *optional*):
             Dotted paths of [`~transformers.TrainerCallback`] classes to add to the trainer, made without arguments.
             One with an attribute `trainer` is given the trainer.
+        log_style (`str`, *optional*):
+            What is printed of each log entry: `"line"`, the few numbers that tell whether the run learns, with all of
+            them in `metrics.jsonl`; `"full"`, all of them, as transformers prints them. `None`: `"line"` with a
+            command of `trl-ext`, `"full"` in Python.
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Initial learning rate of AdamW.
         max_length (`int`, *optional*, defaults to `1024`):
@@ -117,6 +121,7 @@ class PRMConfig(OnlyInOurTrainer, _RewardConfig):
     callback_paths: list[str] | None = field(
         default=None, metadata={"help": "Dotted paths of TrainerCallback classes to add to the trainer."}
     )
+    log_style: str | None = field(default=None, metadata={"help": LOG_STYLE_HELP})
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     max_length: int | None = field(
         default=1024, metadata={"help": "Largest number of tokens of a row; longer ones are cut."}
@@ -126,7 +131,7 @@ class PRMConfig(OnlyInOurTrainer, _RewardConfig):
         warn_of_foreign_fields(self)
         read_as_meant(self)
         check_prm(Options(self))
-        callback_classes(Options(self).callback_paths)
+        check_log(Options(self))
         super().__post_init__()
 
     def options_for_our_trainer(self) -> dict[str, Any]:

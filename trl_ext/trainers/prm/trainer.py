@@ -13,10 +13,11 @@ from trl.trainer.utils import get_config_model_id
 from ...functional.step_objectives import STEP_OBJECTIVES
 from ...rewards.precision import Precision, head_of, keep_head_in
 from ...upstream import check_overridden
+from ..callbacks import add_callbacks
 from ..dpo.taps import overridden
 from ..foreign import Options
 from ..input_checks import datasets_of
-from ..interruptions import Interruptible, add_callbacks
+from ..interruptions import Interruptible
 from ..model_card import add_model_tag, model_card_with_options
 from .card import show_scoring
 from .config import PRMConfig, step_format
@@ -73,7 +74,7 @@ class PRMTrainer(Interruptible, _RewardTrainer):
         self._head = head_of(self.model, self._format.is_language_model)
         self._unround_head()
         add_model_tag(self)
-        add_callbacks(self, self._options.callback_paths)
+        add_callbacks(self, self._options)
 
     @staticmethod
     def _default_args(model: Any) -> PRMConfig:
