@@ -9,6 +9,7 @@ import threading
 import traceback
 import types
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 from .registration import register
 
@@ -29,16 +30,12 @@ def main() -> None:
     if not as_module and _is_a_command():
         # TRL uses names that transformers has renamed; whoever runs a command can do nothing about that.
         warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning, append=True)
-        import trl
-
-        from .scripts.as_meant import ParserAsMeant
-
-        vars(trl)["TrlParser"] = ParserAsMeant  # where scripts ask for it
     try:
         if as_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
-            _run_script(sys.argv[0])
+            with _options_as_meant() if _is_a_command() else nullcontext():
+                _run_script(sys.argv[0])
     except KeyboardInterrupt:
         if as_module or not _is_a_command():
             raise
@@ -70,6 +67,14 @@ def _leave_gloo() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _options_as_meant() -> AbstractContextManager:
+    """Around a script of a command, which asks TRL for its parser."""
+    from .scripts.as_meant import ParserAsMeant
+    from .scripts.in_place import in_place
+
+    return in_place(TrlParser=ParserAsMeant)
 
 
 def _is_a_command() -> bool:

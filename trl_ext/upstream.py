@@ -83,6 +83,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "trl.trainer.utils.selective_log_softmax": ("logits", "index"),
     "trl.trainer.utils.use_adapter": ("model", "adapter_name"),
     "trl.trainer.utils.get_config_model_id": ("config",),
+    "trl.trainer.utils.maybe_gather_lm_head_ctx": ("params",),
     "trl.trainer.utils.disable_dropout_in_model": ("model",),
     "trl.trainer.utils.create_model_from_path": ("model_id", "architecture", "kwargs"),
     "trl.trainer.utils.global_then_local_main_first": (),

@@ -4,6 +4,7 @@ What `tests/gpu` checks on a GPU, for any device and size, so that `test_gpu_che
 
 import gc
 import itertools
+import math
 import statistics
 import time
 import warnings
@@ -34,6 +35,7 @@ class Size(NamedTuple):
     vocabulary: int
     completion: int  # tokens
     batch: int  # completions, or half as many pairs
+    prompt: int = 4  # tokens of the shortest
 
 
 LARGE = Size(hidden=512, layers=4, vocabulary=32_000, completion=128, batch=16)
@@ -89,9 +91,7 @@ EQUAL = {
 
 def save_model(path, size: Size) -> str:
     """A random Qwen3 and a tokenizer of words `w0`, `w1`, … at `path`."""
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, size.vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    save_tokenizer(path, size)
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=size.vocabulary,
@@ -107,8 +107,14 @@ def save_model(path, size: Size) -> str:
         bos_token_id=None,
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(path)
     return str(path)
+
+
+def save_tokenizer(path, size: Size) -> None:
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, size.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(path)
 
 
 def words(seed: int, length: int, size: Size) -> str:
@@ -117,7 +123,7 @@ def words(seed: int, length: int, size: Size) -> str:
 
 def data(kind: str, size: Size) -> Dataset:
     rows = range(4 * size.batch)
-    prompts = [words(i, 4 + i % 5, size) for i in rows]
+    prompts = [words(i, size.prompt + i % 5, size) for i in rows]
     if kind == "grpo":
         return Dataset.from_dict({"prompt": prompts})
     half = size.completion // 2
@@ -150,7 +156,7 @@ def build(
 ):
     """A trainer on `device`: float32, or, with `four_bit`, an adapter in bfloat16 over 4-bit weights."""
     trainer_class, config_class = classes
-    given = {}
+    given = {"processing_class": PreTrainedTokenizerFast.from_pretrained(model)}  # not the one of the model's type
     if four_bit or lora:
         given["peft_config"] = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     if four_bit:
@@ -316,19 +322,26 @@ PRICES = {  # what is compared: kind, options of TRL's trainer, options of ours
 def price(case: str, model: str, folder: Path, size: Size, device: str, four_bit: bool, steps: int = 12) -> str:
     """A row of the table: seconds per step (median without the first two) and peak memory, TRL's and ours."""
     kind, theirs, ours = PRICES[case]
-    cells = []
-    for classes, options in ((THEIRS[kind], theirs), (CLASSES[kind], ours)):
-        gc.collect()
-        if device != "cpu":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        trainer = build(classes, kind, model, folder, size, device, four_bit, max_steps=steps, **options)
-        times = _step_times(trainer, device)
-        peak = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else float("nan")
-        cells.append((1000 * statistics.median(times[2:]), peak))
-        del trainer
-    (a, m), (b, n) = cells
+    (a, m), (b, n) = (
+        cost(classes, kind, model, folder, size, device, steps, four_bit=four_bit, **options)
+        for classes, options in ((THEIRS[kind], theirs), (CLASSES[kind], ours))
+    )
     return f"| {case} | {a:.1f} | {b:.1f} | {b / a:.2f} | {m:.0f} | {n:.0f} |"
+
+
+def cost(classes, kind, model, folder, size, device, steps, **options) -> tuple[float, float]:
+    """Milliseconds of a step, the median without the first two, and peak memory in MiB, NaN on a CPU."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    trainer = build(classes, kind, model, folder, size, device, max_steps=steps, **options)
+    times = _step_times(trainer, device)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(math.isfinite(entry["loss"]) for entry in entries)
+    assert any(entry["grad_norm"] > 0 for entry in entries), "nothing was trained"
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else float("nan")
+    return 1000 * statistics.median(times[2:]), peak
 
 
 def _step_times(trainer, device: str) -> list[float]:

@@ -1,15 +1,11 @@
-"""Two processes where the batches do not come out even; and the launch files of `recipes/accelerate`."""
-
-from pathlib import Path
+"""Two processes where the batches do not come out even."""
 
 import launch
 import pytest
 import torch
 import two_processes_edges
-from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from two_processes_edges import DPO, GRPO
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -77,21 +73,3 @@ def test_the_cases_are_what_they_say(one_and_two):
     assert truncated["completions/clipped_ratio"] == 0.5
     evaluated = [entry for entry in one_and_two[1][0]["uneven: leave_one_out"]["log"] if "eval_loss" in entry]
     assert len(evaluated) == 3
-
-
-SHARDED = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_accelerate_reads_the_config(name):
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == SHARDED.keys()
-    config = load_config_from_file(str(RECIPES / f"{name}.yaml"))
-    assert isinstance(config, ClusterConfig) and str(config.distributed_type.value) == SHARDED[name]
-    assert config.num_processes == 2 and config.mixed_precision == "bf16"
-    if name == "fsdp2":
-        assert config.fsdp_config["fsdp_version"] == 2
-    if name.startswith("deepspeed"):
-        assert config.deepspeed_config["zero_stage"] == int(name[-1])
-    text = (RECIPES / f"{name}.yaml").read_text()
-    assert text.startswith("#") and len(text.splitlines()) <= 40
-    assert ("Nobody has run it" in text) == (name != "ddp")

@@ -65,6 +65,7 @@ WRONG = {
     "one_number": "ValueError: Process 1: Reward function 'one_number' returned 0.5; it must return a list",
     "too_few": "ValueError: Process 1: The reward function 'too_few' returned 1 rewards, but 4 were expected",
     "a_word": "ValueError: Process 1: Reward function 'a_word' returned 'good' for completion 1; a reward is",
+    "a model raises": "RuntimeError: Process 1: Reward model 'model' raised MemoryError: no space is left",
     "not cut": "ValueError: Process 1: Completion 0 was not cut into steps: ValueError: step_ends_function returned",
 }
 

@@ -4,8 +4,10 @@ Worker of `test_processes.py`: trains every case and saves what this process saw
 
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from tiny import build, logged, scripted_rollout, weights
+from transformers import AutoModelForSequenceClassification
 
 from trl_ext.functional.advantages import ADVANTAGE_ESTIMATORS
 from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer
@@ -139,6 +141,7 @@ REFUSED = {
         "advantage_estimator": "process_group_relative",
         "step_ends_function": "two_processes.no_ends_on_the_last_process",
     },
+    "a model raises": OUTCOME,  # with the model below
 }
 
 
@@ -193,11 +196,26 @@ def bounded(model: str, folder: Path, world_size: int) -> dict:
     return results
 
 
+def judge(model: str) -> torch.nn.Module:
+    """A reward model that raises on the last process."""
+
+    def overflows(*args):
+        state = PartialState()
+        if state.process_index == state.num_processes - 1:
+            raise MemoryError("no space is left")
+
+    judge = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    judge.register_forward_pre_hook(overflows)
+    return judge
+
+
 def refused(model: str, folder: Path, world_size: int) -> dict:
     """What each process is told of functions that go wrong on one of them."""
     errors = {}
     for name, options in REFUSED.items():
         settings = {"per_device_train_batch_size": BATCH // world_size, "rollout_func": scripted_rollout, **options}
+        if name == "a model raises":
+            settings["reward_funcs"] = judge(model)
         trainer = build(GRPOTrainer, GRPOConfig, model, folder, **settings)
         try:
             trainer.train()

@@ -17,8 +17,8 @@ from launch import leave
 from tiny import build, logged, scripted_rollout
 from two_processes import by_step, some_fail
 
+from trl_ext.sharded import whole
 from trl_ext.trainers.ppo import PPOConfig, PPOTrainer
-from trl_ext.trainers.ppo.critic import whole
 
 BATCH = 8
 STEPS = {"reward_funcs": [by_step, some_fail], "step_separator": "b"}

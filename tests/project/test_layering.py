@@ -12,7 +12,7 @@ HEAVY = {"trl", "transformers", "accelerate", "peft", "datasets", "bitsandbytes"
 # From the bottom up. A module imports those of its own line if it is the same package, and those of the lines before.
 LAYERS = [
     {"functional"},
-    {"citations", "lookup", "upstream"},
+    {"citations", "lookup", "sharded", "upstream"},
     {"papers", "upstream_async"},
     {"callbacks", "rewards", "packed"},
     {"trainers"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"__init__"},
 ]
 SEES_TRL = {"rewards", "packed", "trainers", "labels", "rejection_sampling", "registration", "scripts", "cli"}
-SEES_TRL |= {"__main__", "callbacks", "upstream", "upstream_async"}
+SEES_TRL |= {"__main__", "callbacks", "sharded", "upstream", "upstream_async"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

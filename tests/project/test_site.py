@@ -15,6 +15,7 @@ BUILD = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-E",
 NOT_COPIED = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "outputs", "api", "site", "*.safetensors")
 without_sphinx = any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_parser", "furo"))
 pytestmark = pytest.mark.skipif(without_sphinx, reason="needs pip install -c constraints.txt -e '.[docs]'")
+GENERATOR = (ROOT / "docs/reference.py").read_text()
 needs_katex = pytest.mark.skipif(not DRAWN, reason="needs node, and KaTeX from docs/katex.sh")
 
 
@@ -71,15 +72,15 @@ FAULTS = {
 
 @needs_katex
 def test_what_leads_nowhere_is_a_warning(tmp_path):
-    """A site of two pages and one module, with one fault of each kind."""
+    """A site of two pages and one package, with one fault of each kind."""
     (tmp_path / "docs").mkdir()
-    for name in ("conf.py", "reference.py", "_static"):
+    for name in ("conf.py", "_static"):
         (tmp_path / "docs" / name).symlink_to(ROOT / "docs" / name)
-    package = tmp_path / "trl_ext"
-    shutil.copytree(
-        ROOT / "trl_ext", package, ignore=lambda _, names: [n for n in names if "." in n and n[-3:] != ".py"]
-    )
-    with (package / "rewards/step_format.py").open("a") as file:
+    only_rewards = re.subn(r"^GROUPS = \{.*?^\}", 'GROUPS = {"Rewards": ["rewards"]}', GENERATOR, flags=re.M | re.S)
+    assert only_rewards[1] == 1
+    (tmp_path / "docs/reference.py").write_text(only_rewards[0])
+    shutil.copytree(ROOT / "trl_ext/rewards", tmp_path / "trl_ext/rewards")
+    with (tmp_path / "trl_ext/rewards/step_format.py").open("a") as file:
         file.write('\n\ndef added():\n    """As [`nosuch_name`]."""\n')
     (tmp_path / "README.md").write_text("# Front\n\nText.\n")
     (tmp_path / "docs/index.md").write_text("# Overview\n\n## Start\n\n[page](page.md)\n")

@@ -48,7 +48,7 @@ def test_what_is_said_of_it(metadata):
         assert word in metadata["Summary"]
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra" not in line]
     assert sorted(re.match(r"[\w-]+", line)[0] for line in needed) == [
-        "accelerate", "datasets", "pyyaml", "torch", "transformers", "trl",
+        "accelerate", "datasets", "psutil", "pyyaml", "torch", "transformers", "trl",
     ]  # fmt: skip
     extras = {line for line in metadata.get_all("Requires-Dist") if "extra" in line}
     assert "bitsandbytes>=0.46.1; extra == 'quantization'" in extras and "matplotlib>=3.8; extra == 'plots'" in extras

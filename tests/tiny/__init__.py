@@ -65,6 +65,7 @@ def build(
     model,
     output_dir,
     lora=False,
+    modules_to_save=None,
     reward_funcs=digits,
     rollout_func=None,
     train_dataset=None,
@@ -91,7 +92,9 @@ def build(
     if lora:
         from peft import LoraConfig
 
-        peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        peft_config = LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", modules_to_save=modules_to_save
+        )
     return trainer_class(
         model=model,
         reward_funcs=reward_funcs,

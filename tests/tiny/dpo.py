@@ -90,6 +90,7 @@ def build(
     model,
     output_dir,
     kind="full",
+    modules_to_save=None,
     train_dataset=None,
     eval_dataset=None,
     **options,
@@ -120,7 +121,9 @@ def build(
     if kind == "lora":
         from peft import LoraConfig
 
-        given["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        given["peft_config"] = LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", modules_to_save=modules_to_save
+        )
     trainer = trainer_class(
         model=adapter(model) if kind == "adapter" else model,
         args=config_class(output_dir=str(output_dir), **settings),

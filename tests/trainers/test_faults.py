@@ -19,7 +19,7 @@ import torch
 import trl
 from datasets import Dataset
 from tiny import build, digits, logged, weights
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ext.rewards import ProcessRewardModel
 from trl_ext.trainers.dpo import DPOConfig, DPOTrainer
@@ -197,6 +197,22 @@ def test_what_a_function_raises_is_the_cause_of_one_sentence(train, function, me
             train(*OURS, reward_funcs=function, **options)
         assert str(error.value).startswith(f"Reward function {message}")
         assert isinstance(error.value.__cause__, cause)
+
+
+def test_a_reward_model_that_raises_is_named(tiny_model, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = tiny.train(*OURS, tiny_model, tmp_path, reward_funcs=[model], **ON)
+    rewards = torch.tensor(trainer._logs["rewards"]["model"])
+    assert rewards.std() > 0 and trainer.reward_funcs == [model]
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    model.score.register_forward_pre_hook(lambda *args: 1 / 0)
+    trainer = tiny.build(*OURS, tiny_model, tmp_path, reward_funcs=[model], **ON)
+    with pytest.raises(
+        RuntimeError, match=r"^Reward model 'model' raised ZeroDivisionError: division by zero$"
+    ) as error:
+        trainer.train()
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
 def test_with_nothing_switched_on_errors_are_those_of_trl(train):

@@ -102,10 +102,12 @@ def test_optimizers_that_cannot_be_emptied_are_refused(config_class):
 
 
 @pytest.mark.parametrize("config_class", [GRPOConfig, DPOConfig])
-def test_shards_are_refused(monkeypatch, config_class):
+def test_one_flat_row_of_weights_is_refused(monkeypatch, config_class):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"^ref_refresh_\* is not available with FSDP: .* Use DDP or ZeRO-2\.$"):
+    with pytest.raises(ValueError, match=r"^ref_refresh_\* copies weights one by one, and FSDP1 .* Use FSDP2 \("):
         config_class("out", **QUIET, **STEPS)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    config_class("out", **QUIET, **STEPS)
 
 
 def test_good_options_are_taken_in_silence():

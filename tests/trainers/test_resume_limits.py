@@ -48,9 +48,9 @@ def test_a_checkpoint_without_its_reference_is_said_to_have_none(tiny_model, tmp
     assert not same(resumed.model, whole.model), "or TRL saves its reference by now"
 
 
-def test_a_sharded_reference_is_not_resumed_from(tiny_model, tmp_path, monkeypatch):
+def test_a_reference_in_one_flat_row_is_not_resumed_from(tiny_model, tmp_path, monkeypatch):
     make = lambda: tiny.build(*OURS, tiny_model, tmp_path, **SAVE, **SYNC, kl_estimator="k2")  # noqa: E731
-    monkeypatch.setattr(reference, "_is_sharded", lambda trainer: True)
+    monkeypatch.setattr(reference, "is_flat", lambda trainer: True)
     make().train()
     assert not list(tmp_path.glob(f"*/{reference.FILE}"))
     with pytest.raises(ValueError, match="sync_ref_model has moved the reference, which is saved in no checkpoint"):

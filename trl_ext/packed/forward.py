@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from ..sharded import whole
 from ..upstream import fused_head
 from .attention import NAME, register_attention
 from .head import scores
@@ -31,10 +33,16 @@ class SharedPrefix:
     `reason`: why the model takes TRL's forward for good; `None` while it does not.
     """
 
-    def __init__(self, model: Any, entropy_gradient: bool, autocast: Callable[[], AbstractContextManager]):
+    def __init__(
+        self,
+        model: Any,
+        entropy_gradient: bool,
+        autocast: Callable[[], AbstractContextManager],
+        of_all: Callable[[bool], bool],
+    ):
         # Not bound to the model: a copy of the model brings itself.
         self.fused_forward: Any = getattr(model.forward, "__func__", model.forward)
-        self._bound, self.autocast = self.fused_forward is not model.forward, autocast
+        self._bound, self.autocast, self._of_all = self.fused_forward is not model.forward, autocast, of_all
         head = fused_head(model.forward)
         self.outputs, self.temperature = head["outputs"], head["temperature"]
         self.scale, self.softcap = head["logit_scale"], head["final_logit_softcapping"]
@@ -93,6 +101,8 @@ class SharedPrefix:
             return self._theirs(model, args, kwargs)
         with self.autocast():
             packed = self._pack(model, args, kwargs)
+            if self.reason is None and model.training not in self._judged:
+                packed = self._agreed(packed if isinstance(packed, str) else None) or packed
             output = packed if isinstance(packed, str) else self._scored(model, packed, kwargs)
         if self.reason is not None:
             use_attention(model, "sdpa")  # for good: some models read the name, and would do something else
@@ -160,14 +170,19 @@ class SharedPrefix:
             return self._output(model, packed, self._hidden(model, packed), kwargs["labels"])
         packed.layout.calls = []
         hidden = self._hidden(model, packed)
-        self.reason, self._window = unfit(model, packed.layout), smallest_window(packed.layout)
+        self.reason = self._agreed(unfit(model, packed.layout))
+        self._window = smallest_window(packed.layout)
         packed.layout.calls = None
-        if (reason := self.reason or self._beyond_window(packed)) is not None:
+        if (reason := self.reason or self._agreed(self._beyond_window(packed))) is not None:
             return reason
         if not self._judged:
-            self.reason = self._compared(model, packed, kwargs)
+            self.reason = self._agreed(self._compared(model, packed, kwargs))
         self._judged.add(model.training)
         return self.reason or self._output(model, packed, hidden, kwargs["labels"])
+
+    def _agreed(self, reason: str | None) -> str | None:
+        """Processes that share weights make the same passes: what keeps one from packing at first keeps all."""
+        return None if self._of_all(reason is None) else reason or "another process could not"
 
     def _compared(self, model: Any, packed: Packed, kwargs: dict[str, Any]) -> str | None:
         """
@@ -182,7 +197,8 @@ class SharedPrefix:
         with evaluating(model):
             states = self._hidden(model, again)
             head = model.get_output_embeddings()
-            ours = self._of_trls_head(states.to(head.weight.device), head, again.targets)["log_probs"]
+            weight, states = whole(head.weight), states.to(head.weight.device)
+            ours = self._of_trls_head(states, weight, whole(head.bias), again.targets)["log_probs"]
             theirs = self._theirs(model, (), {**two, "fused_lm_head": True}).log_probs
         return different(model, ours, theirs[again.rows, again.columns], len(ours))
 
@@ -216,9 +232,9 @@ class SharedPrefix:
             self._collected.append(states.new_zeros(rows, width, states.size(1)).index_put(where, states))
         if self._frozen(head):
             ref = self._ref_at(where, width) if in_tile else None
-            found = self._of_frozen_head(states, head, packed.targets, ref)
+            found = self._of_frozen_head(states, whole(head.weight), packed.targets, ref)
         else:
-            found = self._of_trls_head(states, head, packed.targets)
+            found = self._of_trls_head(states, whole(head.weight), whole(head.bias), packed.targets)
         if in_tile:
             self._kl.append(spread(found["kl"])[:, -self._ref_hidden.size(1) :])  # type: ignore[index, union-attr]
         fields: dict[str, Any] = {name: spread(found.get(name)) for name in _FIELDS}
@@ -232,7 +248,8 @@ class SharedPrefix:
 
     def _frozen(self, head: Any) -> bool:
         """Whether the states' derivatives can be taken while the logits are there."""
-        plain = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+        kind = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)  # FSDP2 makes a class of its own
+        plain = kind is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
         return plain and self.softcap is None and not self.entropy_gradient
 
     def _ref_at(self, where: tuple[torch.Tensor, torch.Tensor], width: int) -> torch.Tensor:
@@ -243,24 +260,27 @@ class SharedPrefix:
     def _precision(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, enabled=False) if self.in_float32 else nullcontext()
 
-    def _of_frozen_head(self, states: torch.Tensor, head: Any, targets: torch.Tensor, ref: Any) -> dict[str, Any]:
+    def _of_frozen_head(self, states: torch.Tensor, weight: Any, targets: torch.Tensor, ref: Any) -> dict[str, Any]:
         states = states.float() if self.in_float32 else states
-        with self._precision(states.device):
+        with self._precision(states.device), maybe_gather_lm_head_ctx(weight):
             scale = self.scale / self.temperature
-            return scores(states, head.weight, targets.to(states.device), scale, self.outputs, ref)._asdict()
+            return scores(states, weight, targets.to(states.device), scale, self.outputs, ref)._asdict()
 
-    def _of_trls_head(self, states: torch.Tensor, head: Any, targets: torch.Tensor) -> dict[str, Any]:
+    def _of_trls_head(self, states: torch.Tensor, weight: Any, bias: Any, targets: torch.Tensor) -> dict[str, Any]:
         states, targets = states.float() if self.in_float32 else states, targets.to(states.device)
-        with self._precision(states.device):
+        with self._precision(states.device), maybe_gather_lm_head_ctx(weight, bias):
             found = ChunkedLogProbFunction.apply(
-                states, head.weight, head.bias, targets, self.temperature, VOCABULARY_CHUNK, self.softcap, self.scale,
+                states, weight, bias, targets, self.temperature, VOCABULARY_CHUNK, self.softcap, self.scale,
                 self.outputs,
             )  # fmt: skip
         return dict(zip(_FIELDS, found, strict=True))
 
 
 def install(
-    model: Any, entropy_gradient: bool = False, autocast: Callable[[], AbstractContextManager] = nullcontext
+    model: Any,
+    entropy_gradient: bool = False,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    of_all: Callable[[bool], bool] = bool,
 ) -> SharedPrefix:
     """
     Replaces the fused forward of a model; its forward without `fused_lm_head` stays what it was.
@@ -272,6 +292,8 @@ def install(
             Whether the loss differentiates the entropy.
         autocast (`Callable`, *optional*):
             Makes the context of mixed precision, where accelerate has put it around the forward that is replaced.
+        of_all (`Callable`, *optional*):
+            Whether something holds on all processes, where they share the weights.
 
     Raises:
         `ValueError`: If the model's attention is not `"sdpa"`, or it is installed already.
@@ -285,7 +307,7 @@ def install(
             f"{type(model).__name__} has {implementation!r}. Load it with 'sdpa', if it has that, or remove "
             "shared_prefix."
         )
-    shared = SharedPrefix(model, entropy_gradient, autocast)
+    shared = SharedPrefix(model, entropy_gradient, autocast, of_all)
     register_attention()
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature

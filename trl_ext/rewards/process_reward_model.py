@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from ..functional.step_objectives import STEP_OBJECTIVES
+from ..sharded import not_divided
 from .precision import Precision, four_bit, head_of
 from .step_format import StepFormat, format_of, refuse_contradiction, saved_facts
 
@@ -188,7 +189,8 @@ class ProcessRewardModel:
             options["num_labels"] = 1  # the folder of an adapter does not say how many
         if self.quantization is not None:
             options |= {"quantization_config": self.quantization, "device_map": {"": device}}
-        model = auto_class(self.format, self.source, self.__name__).from_pretrained(**self.source, **options)
+        with not_divided():
+            model = auto_class(self.format, self.source, self.__name__).from_pretrained(**self.source, **options)
         self.model = (model if self.quantization is not None else model.to(device)).eval()
         self.head = head_of(self.model, self.format.is_language_model)
         self.precision.apply(self.model, self.head, _adapter(self.source))

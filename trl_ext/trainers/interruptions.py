@@ -16,6 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .model_card import replace_card_of_adapter
 from .reference import load_reference, save_reference
+from .run_folder import announced, save_batch, warn_of_another_batch
+from .trained_head import trained_head, warn_of_trained_head
 
 _STATE_FILE = "trl_ext_state.json"
 
@@ -30,6 +32,17 @@ def begin_checkpoint(trainer: Any, trial: Any) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     return folder
+
+
+@contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
+    """Around the writing of a checkpoint: the writer's error, of a full disk for instance, says what is left."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_whole(folder):
+            error.add_note(f"{folder} is not whole; resume_from_checkpoint=True passes it over.")
+        raise
 
 
 def whole_checkpoint(wanted: Any, output_dir: str) -> Any:
@@ -144,11 +157,17 @@ class Interruptible:
         """The counterpart, when a checkpoint is read."""
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if self._is_ours:
-            resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
-            if isinstance(self.train_dataset, datasets.IterableDataset | IterableDataset):
-                _warn_of_replayed_rows(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        divided = getattr(self, "is_fsdp_enabled", False)
+        if not self._is_ours:
+            if divided:
+                warn_of_trained_head(self)
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        warn_of_another_batch(self.args, resume_from_checkpoint)
+        if isinstance(self.train_dataset, datasets.IterableDataset | IterableDataset):
+            _warn_of_replayed_rows(resume_from_checkpoint)
+        with announced(self.args.output_dir, self.args.should_save), trained_head(self) if divided else nullcontext():
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with keeping_dtypes(model or self.model) if self._is_ours else nullcontext():
@@ -158,10 +177,12 @@ class Interruptible:
         if not self._is_ours:
             return super()._save_checkpoint(model, trial)  # type: ignore[misc]
         folder, state = begin_checkpoint(self, trial), self.get_extra_state()
-        if state and self.args.should_save:  # before the trainer's own state makes the folder whole
-            (folder / _STATE_FILE).write_text(json.dumps(state))
-        save_reference(self, folder)
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        with _told_of(folder):
+            if state and self.args.should_save:  # before the trainer's own state makes the folder whole
+                (folder / _STATE_FILE).write_text(json.dumps(state))
+            save_batch(self.args, folder)
+            save_reference(self, folder)
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
         replace_card_of_adapter(self, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):

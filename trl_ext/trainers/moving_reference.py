@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
-from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 from ..upstream import trl_class
 from .foreign import Options
+from .gathering import copies, is_sharded, load_whole, mix, overwrite, save_whole, settle
 from .reference import FILE
 from .reference_checks import ADAPTER, check_policy, refreshes
 
@@ -38,8 +38,8 @@ class Reference:
 
     def __init__(self, trainer: Any, keeps_first: bool):
         self.trainer = trainer
-        pairs = self.pairs()
-        self._first = [policy.detach().to("cpu", copy=True) for policy, _ in pairs] if keeps_first else None
+        policy = [policy for policy, _ in self.pairs()]
+        self._first = [*copies(policy)] if keeps_first else None
 
     def pairs(self) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
         """Each parameter of the policy that is copied, and the reference's in its place."""
@@ -47,10 +47,12 @@ class Reference:
 
     def refresh(self, alpha: float) -> None:
         """reference ← (1 − alpha) · reference + alpha · policy."""
-        raise NotImplementedError
+        settle(self.trainer)
+        policy, reference = map(list, zip(*self.pairs(), strict=True))
+        mix(policy, reference, alpha)
 
     def save(self, folder: Path) -> None:
-        """Writes what of the reference the `Trainer` does not."""
+        """Writes what of the reference the `Trainer` does not. Entered by all processes alike."""
 
     def load(self, folder: Path) -> None:
         """The counterpart."""
@@ -73,10 +75,11 @@ class Reference:
     @torch.no_grad()
     def _exchange(self) -> None:
         assert self._first is not None
-        for (_, reference), kept in zip(self.pairs(), self._first, strict=True):
-            now = reference.detach().to("cpu", copy=True)
-            reference.copy_(kept)
-            kept.copy_(now)
+        settle(self.trainer)
+        reference = [reference for _, reference in self.pairs()]
+        now = [*copies(reference)]
+        overwrite(reference, self._first)
+        self._first = now
 
 
 class AdapterReference(Reference):
@@ -109,10 +112,22 @@ class AdapterReference(Reference):
         twins = {name: ".".join(ADAPTER if x == "default" else x for x in parts) for name, parts in of_policy.items()}
         return [(named[name], named[twin]) for name, twin in twins.items()]
 
-    @torch.no_grad()
-    def refresh(self, alpha: float) -> None:
-        for policy, reference in self.pairs():  # alpha is 1: a mixture of factors is no mixture of their products
-            reference.copy_(policy)
+    def save(self, folder: Path) -> None:
+        if is_sharded(self.trainer):  # of a divided model, the adapter that is trained is saved alone
+            weights = {str(i): kept for i, kept in enumerate(copies([r for _, r in self.pairs()]))}
+            if self.trainer.args.should_save:
+                save_file(weights, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        if is_sharded(self.trainer):
+            if not (folder / FILE).exists():
+                raise ValueError(
+                    f"{folder} was written by a run on another engine and does not hold the reference in {FILE}. "
+                    "Resume with the engine that wrote it."
+                )
+            settle(self.trainer)
+            weights, references = load_file(folder / FILE), [reference for _, reference in self.pairs()]
+            overwrite(references, [weights[str(i)] for i in range(len(references))])
 
     @contextmanager
     def active(self) -> Iterator[Any]:
@@ -126,8 +141,8 @@ class ModelReference(Reference):
     def __init__(self, trainer: Any, keeps_first: bool):
         unwrap = trainer.accelerator.unwrap_model
         self._model, self._reference = unwrap(trainer.model), unwrap(trainer.ref_model)
-        shapes = [[p.shape for p in model.parameters()] for model in (self._model, self._reference)]
-        if shapes[0] != shapes[1]:
+        whole = [[getattr(p, "ds_shape", p.shape) for p in m.parameters()] for m in (self._model, self._reference)]
+        if whole[0] != whole[1]:
             raise ValueError(
                 "ref_refresh_* copies the policy into the reference, but ref_model has other parameters than the "
                 "policy. Pass a model of the policy's architecture, or none."
@@ -137,14 +152,11 @@ class ModelReference(Reference):
     def pairs(self) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
         return [*zip(self._model.parameters(), self._reference.parameters(), strict=True)]
 
-    def refresh(self, alpha: float) -> None:
-        SyncRefModelCallback.sync_target_model(self._model, self._reference, alpha)
-
     def save(self, folder: Path) -> None:
-        save_model(self._reference, str(folder / FILE), metadata={"format": "pt"})
+        save_whole(self.trainer, self._reference, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        load_model(self._reference, str(folder / FILE))
+        load_whole(self.trainer, self._reference, folder / FILE)
 
     @contextmanager
     def active(self) -> Iterator[Any]:
@@ -206,8 +218,8 @@ class MovingReference:
     # In checkpoints
 
     def save(self, folder: Path) -> None:
+        self.reference.save(folder)
         if self.trainer.args.should_save:
-            self.reference.save(folder)
             state = {"last_step": self.last_step, "refreshes": self.refreshes, "kls": self.kls}
             (folder / STATE_FILE).write_text(json.dumps(state))
 

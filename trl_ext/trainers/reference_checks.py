@@ -5,7 +5,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 
 from .input_checks import is_number, quoted
-from .shared_prefix import sharding
+from .shared_prefix import INSTEAD_OF_FSDP1, flat_sharding
 
 ADAPTER = "ref"  # the name under which TRL looks for a reference
 _TRIGGERS = "ref_refresh_steps or ref_refresh_kl"
@@ -40,10 +40,10 @@ def check_reference(options: Any, pairs: bool = False) -> None:
             "precompute_ref_log_probs asks the first reference once and for all, and ref_refresh_* moves it. Remove "
             "one."
         )
-    if (engine := sharding(options)) is not None:
+    if flat_sharding(options):
         raise ValueError(
-            f"ref_refresh_* is not available with {engine}: each process holds only a part of policy and reference, "
-            "and nobody has run the two together. Use DDP or ZeRO-2."
+            "ref_refresh_* copies weights one by one, and FSDP1 keeps a part of one flat row of numbers. "
+            f"{INSTEAD_OF_FSDP1}."
         )
     if options.ref_refresh_optimizer:
         _check_optimizer(options)
@@ -104,6 +104,11 @@ def check_policy(options: Any, given: dict[str, Any]) -> None:
         raise ValueError(
             f"ref_refresh_* keeps the reference as a second adapter, and bias={bias!r} trains biases of the base "
             "model, which both would share. Use bias='none'."
+        )
+    if options.use_vllm and (whole := getattr(config, "modules_to_save", None)):
+        raise ValueError(
+            "ref_refresh_* keeps the reference as a second adapter, whose copies of modules_to_save="
+            f"{sorted(whole)} TRL would send to vLLM, which has no such weights. Leave one of them out."
         )
     if options.ref_refresh_alpha not in (None, 1.0):
         raise ValueError(

@@ -6,19 +6,24 @@ from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 
 from ..packed.forward import SharedPrefix, install, use_attention
 from ..upstream import UpstreamChanged
 from .foreign import Options, is_ours, overriding_class, without_super
+from .gathering import is_sharded
 
 
-def sharding(options: Any) -> str | None:
-    """What keeps only a part of each weight on a process, if anything does."""
-    if options.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-        return "FSDP"
-    plugin = options.deepspeed_plugin
-    return "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else None
+def flat_sharding(options: Any) -> bool:
+    """Whether each process keeps a part of one row of numbers, in which no weight can be found: FSDP1."""
+    given = options.fsdp_plugin_args
+    if given is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    return int((given or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))) == 1
+
+
+INSTEAD_OF_FSDP1 = "Use FSDP2 (fsdp_version: 2), DDP or DeepSpeed"
 
 
 def is_compiled(options: Any) -> bool:
@@ -40,7 +45,8 @@ def check_shared_prefix(options: Any) -> None:
     if not value:
         return
     compiled = "torch_compile" if is_compiled(options) else None
-    if other := compiled or sharding(options) or _parallelism(options.parallelism_config):
+    flat = "FSDP1" if flat_sharding(options) else None
+    if other := compiled or flat or _parallelism(options.parallelism_config):
         raise ValueError(f"shared_prefix is not available with {other}: nobody has run the two together. Remove one.")
     implementation = (options.model_init_kwargs or {}).get("attn_implementation", "sdpa")
     if implementation != "sdpa":
@@ -82,7 +88,12 @@ class SharesPrefixes:
         base = base_model(self, model)
         # accelerate has put mixed precision around the forward of a reference that it has prepared
         autocast = self.accelerator.autocast if hasattr(base, "_original_forward") else nullcontext
-        return install(base, getattr(self, "_entropy_bonus_enabled", False), autocast)
+        of_all = self._on_all if is_sharded(self) else bool
+        return install(base, getattr(self, "_entropy_bonus_enabled", False), autocast, of_all)
+
+    def _on_all(self, holds: bool) -> bool:
+        fails = torch.tensor(float(not holds), device=self.accelerator.device)
+        return not self.accelerator.reduce(fails, reduction="sum").item()
 
     @property
     def shared_prefix_counts(self) -> dict[str, dict[str, int]]:

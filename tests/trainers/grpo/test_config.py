@@ -393,11 +393,16 @@ def test_the_error_of_a_module_that_fails_to_import_is_its_own(tmp_path, monkeyp
         config(advantage_estimator="needs_more.fn")
 
 
-def test_exact_is_refused_where_each_process_holds_a_part_of_the_head(monkeypatch):
+def test_exact_is_refused_where_no_head_can_be_found_among_the_weights(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="kl_estimator='exact' reads the weight of the LM head outside the model's"):
-        config(kl_estimator="exact", beta=0.1)
+    for option in ({"kl_estimator": "exact"}, {"kl_placement": "sequence"}):
+        with pytest.raises(
+            ValueError, match=r"of the reference, which FSDP1 keeps .* Use FSDP2 \(fsdp_version: 2\), "
+        ):
+            config(**option, beta=0.1)
     config(kl_estimator="k3", beta=0.1)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    config(kl_estimator="exact", beta=0.1)
 
 
 @pytest.mark.parametrize("how", ["torch_compile", "torch_compile_backend", "ACCELERATE_DYNAMO_BACKEND"])

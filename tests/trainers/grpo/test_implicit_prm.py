@@ -256,7 +256,10 @@ def test_without_its_optimizer_it_starts_anew_and_says_so(make, tmp_path):
             {"advantage_estimator": "remax"},
             "implicit_prm gives one reward per token, which advantage_estimator='remax'",
         ),
-        ({"fsdp": "full_shard"}, "implicit_prm trains a second adapter, which is not available with FSDP. Use DDP"),
+        (
+            {"fsdp": True, "fsdp_config": {"version": 1}},
+            r"implicit_prm trains a second adapter, which FSDP1 keeps .* Use FSDP2 \(fsdp_version: 2\), DDP",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(tmp_path, options, message):

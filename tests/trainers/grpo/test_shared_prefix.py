@@ -142,7 +142,7 @@ def test_every_kl_in_the_loss(made, lora, estimator):
 
 def test_the_exact_kl_comes_with_the_log_probs_of_a_frozen_head(made, monkeypatch):
     refuse = lambda *args: pytest.fail("a second pass over the vocabulary")  # noqa: E731
-    monkeypatch.setattr("trl_ext.trainers.grpo.kl.exact_kl", refuse)
+    monkeypatch.setattr("trl_ext.trainers.grpo.exact_kl.exact_kl", refuse)
     trainer = made(OURS, shared_prefix=True, lora=True, beta=0.1, kl_estimator="exact")
     loss_and_gradient(trainer, scored(trainer))
 
@@ -510,16 +510,18 @@ def test_what_cannot_be_honoured_is_refused(message):
         GRPOConfig("out", **CPU, **REFUSED[message])
 
 
-def test_fsdp_is_refused(monkeypatch):
+def test_fsdp1_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="shared_prefix is not available with FSDP"):
+    with pytest.raises(ValueError, match="shared_prefix is not available with FSDP1"):
         GRPOConfig("out", **CPU, shared_prefix=True)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    GRPOConfig("out", **CPU, shared_prefix=True)
 
 
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        ("DeepSpeed ZeRO-3", {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}),
+        ("FSDP1", {"fsdp_plugin_args": {"fsdp_version": 1}}),
         ("context parallelism", {"parallelism_config": SimpleNamespace(cp_enabled=True)}),
         ("sequence parallelism", {"parallelism_config": SimpleNamespace(sp_enabled=True)}),
         ("tensor parallelism", {"parallelism_config": SimpleNamespace(tp_enabled=True)}),

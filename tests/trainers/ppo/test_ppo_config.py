@@ -63,8 +63,6 @@ REFUSED = {
         "bootstrap_truncated": True, "mask_truncated_completions": True,
     },
     "The critic has no gradient scaler; use bf16=True or full precision.": {"fp16": True},
-    "PPOTrainer keeps its critic outside the engine of DeepSpeed; use DDP (accelerate launch --multi_gpu) or FSDP2, "
-    "or GRPOTrainer with 'reinforce_plus_plus', which needs no critic.": {"deepspeed": "zero2.json"},
     "optim='galore_adamw' cannot be used for the critic; use a plain optimiser such as 'adamw_torch' or "
     "'paged_adamw_8bit'.": {"optim": "galore_adamw"},
     "optim='lomo' cannot be used for the critic; use a plain optimiser such as 'adamw_torch' or "
@@ -75,11 +73,6 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_honoured_is_refused(message):
     assert refusal(**REFUSED[message]) == message
-
-
-def test_deepspeed_of_the_launcher_is_refused_too(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert "outside the engine of DeepSpeed" in refusal()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from accelerate.utils import is_peft_model
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from ...packed.forward import shared_prefix_of
+from ...sharded import whole
 from ...upstream import fused_head
 
 
@@ -20,6 +21,10 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float | None
     in_float32: bool
+
+    def whole(self) -> "Head":
+        """With all of the weight where each process holds a part. Entered by all processes alike."""
+        return self._replace(weight=whole(self.weight), bias=whole(self.bias))
 
 
 def _base_model(model: Any) -> Any:
@@ -51,6 +56,50 @@ def last_hidden_states(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
         yield collected
     finally:
         handle.remove()
+
+
+@contextmanager
+def exact_kl_inside(
+    trainer: Any, model: torch.nn.Module, ref_hidden: Any, mask: torch.Tensor
+) -> Iterator[list[torch.Tensor]]:
+    """
+    Collects [`exact_kl`] `(B, T)` of the forwards of the policy inside the block, for consecutive rows of the batch.
+    It is computed where a forward ends, before an engine takes the whole weights away, and becomes a part of the
+    output: engines watch what is there, to have the weights back for its backward pass.
+
+    Args:
+        trainer ([`GRPOTrainer`]):
+            Knows the reference, the temperature, and mixed precision.
+        model (`torch.nn.Module`):
+            Policy, unwrapped.
+        ref_hidden (`torch.Tensor` of shape `(B, T, H)`), mask (`torch.Tensor` of shape `(B, T)`):
+            As in [`exact_kl`].
+    """
+    base, width = _base_model(model), mask.size(1)
+    found: list[torch.Tensor] = []
+    reference = base if trainer.ref_model is None else trainer.accelerator.unwrap_model(trainer.ref_model)
+
+    def at_the_end(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if not hidden:  # the KL came with the log-probs
+            return
+        states, done = hidden.pop(), sum(len(kl) for kl in found)
+        rows = slice(done, done + len(states))
+        with torch.no_grad():
+            ref_head = lm_head(reference).whole()
+        with trainer.accelerator.autocast():
+            kl = exact_kl(
+                states[:, -width - 1 : -1], lm_head(base).whole(), ref_hidden[rows], ref_head, mask[rows],
+                trainer.temperature,
+            )  # fmt: skip
+        output["loss"] = kl  # which the loss of GRPO does not read
+        found.append(kl)
+
+    with last_hidden_states(model) as hidden:
+        handle = base.register_forward_hook(at_the_end, prepend=True)  # before those of an engine
+        try:
+            yield found
+        finally:
+            handle.remove()
 
 
 def exact_kl(

@@ -1,19 +1,25 @@
 """An implicit process-reward model that learns while the policy does (PRIME): a second adapter and its rewards."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from trl.trainer.utils import use_adapter
 
 from ...functional.advantages import Estimator
 from ...functional.process_rewards import implicit_reward_loss
+from ...sharded import whole
 from ..foreign import Options
+from ..gathering import copies, is_sharded, overwrite, settle
 from ..input_checks import is_number, warn_user
-from ..shared_prefix import sharding
+from ..shared_prefix import INSTEAD_OF_FSDP1, flat_sharding
 from .checks import estimator_row, names_of
 
 ADAPTER = "implicit_prm"
@@ -75,8 +81,11 @@ def check_implicit_prm(options: Any) -> None:
         )
     if options._makes_critic:
         raise ValueError("implicit_prm is not available with a critic. Use trl_ext.GRPOConfig.")
-    if other := sharding(options):
-        raise ValueError(f"implicit_prm trains a second adapter, which is not available with {other}. Use DDP.")
+    if flat_sharding(options):
+        raise ValueError(
+            "implicit_prm trains a second adapter, which FSDP1 keeps as a part of one flat row of numbers. "
+            f"{INSTEAD_OF_FSDP1}."
+        )
 
 
 NEEDS_ADAPTER = (
@@ -97,7 +106,7 @@ class ImplicitPRM:
     r"""
     \\(\\varphi\\), an adapter beside the policy's, of which it starts as a copy; the reference is their base without
     any adapter. It is frozen but for its own update, so that the policy's optimizer, DDP and gradient norm do not know
-    it.
+    it. Where processes share the weights, each trains a whole copy of the adapter in step with the others.
 
     Args:
         trainer ([`GRPOTrainer`]):
@@ -115,13 +124,54 @@ class ImplicitPRM:
         with torch.random.fork_rng():  # what is drawn is overwritten, and must not be missing in the policy's run
             self.model.add_adapter(ADAPTER, config)
         self.model.set_adapter("default")
-        self.parameters = {name: p for name, p in self.model.named_parameters() if f".{ADAPTER}." in name}
-        for name, parameter in self.parameters.items():
-            theirs = self.model.get_parameter(name.replace(f".{ADAPTER}.", ".default."))
-            parameter.data = theirs.data.float().clone()
-        rate = trainer.args.learning_rate if options.learning_rate is None else options.learning_rate
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, weight_decay=0.0)
-        self._warned = False
+        for name, parameter in self.model.named_parameters():
+            if f".{ADAPTER}." in name:
+                theirs = self.model.get_parameter(name.replace(f".{ADAPTER}.", ".default."))
+                parameter.data = theirs.data.float().clone()
+        # DeepSpeed also rounds what it does not train itself, with ZeRO-2 too.
+        self._sharded, self._warned = is_sharded(trainer) or trainer.is_deepspeed_enabled, False
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Those of the adapter as the model has them now: an engine puts others in their place."""
+        settle(self.trainer)
+        return {name: p for name, p in self.model.named_parameters() if f".{ADAPTER}." in name}
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the parameters, or of whole copies. First asked for in training: the engine is there, and resumed."""
+        if self._optimizer is None:
+            own, rate = [*self.parameters.values()], self.options.learning_rate
+            if self._sharded:
+                own = [torch.nn.Parameter(x.to(self.trainer.accelerator.device)) for x in copies(own)]
+            rate = self.trainer.args.learning_rate if rate is None else rate
+            self._optimizer = torch.optim.AdamW(own, lr=rate, weight_decay=0.0)
+        return self._optimizer
+
+    @property
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return self.optimizer.param_groups[0]["params"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer, and the adapter where checkpoints of an engine hold only that of the policy."""
+        weights = {"weights": [p.detach().cpu() for p in self._trained]} if self._sharded else {}
+        return {**self.optimizer.state_dict(), **weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._sharded and "weights" not in state:
+            raise ValueError(
+                f"{_STATE_FILE} of the checkpoint was written by a run on another engine and does not hold the "
+                "implicit reward model. Resume with the engine that wrote it."
+            )
+        for parameter, saved in zip(self._trained, state.get("weights", self._trained), strict=True):
+            parameter.data.copy_(saved)
+        self._hand_over()
+        self.optimizer.load_state_dict({name: state[name] for name in ("state", "param_groups")})
+
+    def _hand_over(self) -> None:
+        if self._sharded:
+            overwrite([*self.parameters.values()], [p.detach() for p in self._trained])
 
     def rewards(
         self, output: dict, mask: torch.Tensor, success: torch.Tensor
@@ -170,7 +220,8 @@ class ImplicitPRM:
         if count == 0:
             return {}
         total, done = torch.zeros((), device=mask.device), 0
-        with torch.enable_grad(), use_adapter(self.model, ADAPTER):  # backward too: checkpointed layers run once more
+        trained = self._trained
+        with torch.enable_grad(), self._reducing(), use_adapter(self.model, ADAPTER):  # backward too: layers run again
             for rows in self._micro_batches(output):
                 part = slice(done, done := done + len(rows["completion_ids"]))
                 losses = implicit_reward_loss(
@@ -179,14 +230,33 @@ class ImplicitPRM:
                 loss = losses.where(scored[part], 0.0).sum() / count
                 loss.backward()
                 total += loss.detach()
-        for parameter in self.parameters.values():  # every process makes the same calls
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = accelerator.reduce(gradient, reduction="sum")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm).item()
+        every = zip(trained, self.parameters.values(), strict=True)
+        for parameter, own in every:  # every process makes the same calls
+            gradient, own.grad = own.grad, None
+            if isinstance(own, DTensor):  # FSDP2 has averaged it
+                gradient = whole(torch.zeros_like(own) if gradient is None else gradient) * accelerator.num_processes
+            else:
+                gradient = torch.zeros_like(parameter) if gradient is None else gradient
+                gradient = accelerator.reduce(gradient, reduction="sum")
+            parameter.grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.options.max_grad_norm).item()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._hand_over()
         loss = accelerator.reduce(total, reduction="sum").item()
         return {f"{ADAPTER}/loss": loss, f"{ADAPTER}/grad_norm": norm}
+
+    @contextmanager
+    def _reducing(self) -> Iterator[None]:
+        """FSDP2 averages the gradients of a backward pass inside, also where it accumulates those of the policy."""
+        divided = isinstance(self.model, FSDPModule)
+        if divided:
+            self.model.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            if divided:
+                self.model.set_requires_gradient_sync(self.trainer.accelerator.sync_gradients)
 
     def _agreement(self, sums: torch.Tensor, mask: torch.Tensor, success: torch.Tensor) -> dict[str, float]:
         """How the sums of the token rewards go with the outcomes, over all processes."""
@@ -241,7 +311,7 @@ class WithImplicitPRM:
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self._prm is not None and self.args.should_save:
-            torch.save(self._prm.optimizer.state_dict(), Path(output_dir, _STATE_FILE))
+            torch.save(self._prm.state_dict(), Path(output_dir, _STATE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -251,4 +321,4 @@ class WithImplicitPRM:
         if not path.exists():
             warn_user(f"{checkpoint} has no {_STATE_FILE}: the optimizer of the implicit reward model starts anew.")
             return
-        self._prm.optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self._prm.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

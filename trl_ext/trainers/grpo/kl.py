@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from ...functional.kl import KL_ESTIMATORS, kl_in_loss, kl_of_completions, later
 from ...lookup import lookup
 from ...upstream import UpstreamChanged
 from ..foreign import overriding_class, watching
-from .exact_kl import Head, exact_kl, last_hidden_states, lm_head
+from ..gathering import is_sharded
+from .exact_kl import exact_kl_inside, last_hidden_states, lm_head
 from .metrics import kl_sums
 
 _LOG_PROBS = "_get_per_token_logps_and_entropies"
@@ -120,10 +122,13 @@ def log_probs(trainer: Any, model: Any, output: dict) -> torch.Tensor:
 
 
 class ForwardPass(NamedTuple):
-    """Log-probs of the completions, `(B, T)`, and, for the exact KL, the hidden states that predict them."""
+    """
+    Log-probs of the completions, `(B, T)`, and, for the exact KL, what was collected inside the model: the last hidden
+    states, or in the loss the KL `(B, T)`; nothing where the KL came with the log-probs.
+    """
 
     logps: torch.Tensor
-    hidden: Any
+    collected: Any
 
 
 class KLPenalty:
@@ -149,7 +154,8 @@ class KLPenalty:
         self.in_words = self.option if self.of_completions else f"{self.option} in the {placement}"
         self._estimator: Any = None if self.exact else lookup(name, KL_ESTIMATORS)
         self.own_logps: Any = None  # what our trainer's own method last gave to a subclass's
-        if self.exact and trainer.ref_model is None and self._head(None).weight.requires_grad:
+        head = lm_head(trainer.accelerator.unwrap_model(trainer.model)) if self.exact else None
+        if head is not None and trainer.ref_model is None and head.weight.requires_grad:
             raise ValueError(
                 f"{self.option} needs one LM head for policy and reference with PEFT, but this adapter trains its own "
                 "copy (modules_to_save). Leave the head out of it, or use 'k3' in the loss."
@@ -158,7 +164,7 @@ class KLPenalty:
     # Forward passes
 
     @contextmanager
-    def recording(self) -> Iterator[list[ForwardPass]]:
+    def recording(self, collecting: Callable = last_hidden_states) -> Iterator[list[ForwardPass]]:
         """Collects the forward passes inside the block, as the outermost method of a subclass returns them."""
         passes: list[ForwardPass] = []
 
@@ -168,14 +174,11 @@ class KLPenalty:
                 passes.append(ForwardPass(result[0], None))
                 return result
             self.own_logps = None
-            with last_hidden_states(self.trainer.accelerator.unwrap_model(model)) as collected:
+            with collecting(self.trainer.accelerator.unwrap_model(model)) as collected:
                 result = theirs(model, *args, **kwargs)
             if result[0] is not self.own_logps:
                 raise self._refused(_LOG_PROBS, f"returns log-probs of its own, which {self.option} does not read")
-            width = result[0].size(1)
-            # The state before a token predicts it. There are none where the KL came with the log-probs.
-            hidden = torch.cat(collected)[:, -width - 1 : -1] if collected else None
-            passes.append(ForwardPass(result[0], hidden))
+            passes.append(ForwardPass(result[0], torch.cat(collected) if collected else None))
             return result
 
         with watching(self.trainer, _LOG_PROBS, recorded):
@@ -193,10 +196,11 @@ class KLPenalty:
 
     def reference_states(self, passes: list[ForwardPass], output: dict) -> torch.Tensor:
         """For the exact KL: TRL has run the reference over the batch; its hidden states save another pass."""
-        found = [p.hidden for p in passes if p.logps is output["ref_per_token_logps"]]
-        if len(found) != 1 or found[0] is None:
+        found = [p for p in passes if p.logps is output["ref_per_token_logps"]]
+        if len(found) != 1 or found[0].collected is None:
             raise UpstreamChanged("scoring does not return the log-probs of the reference as computed")
-        return found[0].clone()
+        width = found[0].logps.size(1)
+        return found[0].collected[:, -width - 1 : -1].clone()  # the state before a token predicts it
 
     # In the reward
 
@@ -219,7 +223,8 @@ class KLPenalty:
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         if self.exact and "ref_hidden_states" not in inputs:
             raise self._refused("_generate_and_score_completions", "leaves 'ref_hidden_states' out of its result")
-        with self.recording() as passes, self._from_log_probs(inputs) as found:
+        inside = partial(exact_kl_inside, trainer, ref_hidden=inputs.get("ref_hidden_states"), mask=mask)
+        with self.recording(inside) as passes, self._from_log_probs(inputs) as found:
             proxy = BetaProxy(beta, lambda: self._term(*passes[-1], inputs, mask, found))
             trainer.beta = 0.0 if self.in_reward else proxy  # a KL in the reward has acted already
             try:
@@ -237,11 +242,13 @@ class KLPenalty:
     def _from_log_probs(self, inputs: dict) -> Any:
         """Around the loss: gives the exact KL, where `shared_prefix` has it from the logits of the log-probs."""
         trainer = self.trainer
-        shared = trainer._shared.get("policy") if self.exact and trainer.ref_model is None else None
+        # Not where processes share the weights: one that takes TRL's forward would gather the head once more.
+        with_log_probs = self.exact and trainer.ref_model is None and not is_sharded(trainer)
+        shared = trainer._shared.get("policy") if with_log_probs else None
         return nullcontext([]) if shared is None else shared.exact_kl(inputs["ref_hidden_states"])
 
     def _term(
-        self, logps: torch.Tensor, hidden: Any, inputs: dict, mask: torch.Tensor, found: list[torch.Tensor]
+        self, logps: torch.Tensor, exact: Any, inputs: dict, mask: torch.Tensor, found: list[torch.Tensor]
     ) -> torch.Tensor:
         """The KL of each token as a term of the loss, `(B, T)`, with graph."""
         old = inputs.get("old_per_token_logps")
@@ -249,20 +256,15 @@ class KLPenalty:
         if not self.exact:
             corrected = self.trainer.args.use_bias_correction_kl
             return kl_in_loss(self._estimator, logps, inputs["ref_per_token_logps"], old, mask, corrected)
-        per_token_kl = self._exact(hidden, inputs, mask, found)
+        per_token_kl = self._with_log_probs(found, mask) if found else exact
         if not self.of_completions:
             return per_token_kl
         return kl_of_completions(per_token_kl, logps, old, mask, self._later_of_all(per_token_kl, mask))
 
-    def _exact(self, hidden: Any, inputs: dict, mask: torch.Tensor, found: list[torch.Tensor]) -> torch.Tensor:
-        trainer = self.trainer
-        if found:
-            if len(found) > 1:
-                raise self._refused(_LOG_PROBS, "runs the policy more than once")
-            return torch.where(mask.bool(), found[0], 0.0)
-        head, ref_head = self._head(None), self._head(trainer.ref_model)
-        with trainer.accelerator.autocast():
-            return exact_kl(hidden, head, inputs["ref_hidden_states"], ref_head, mask, trainer.temperature)
+    def _with_log_probs(self, found: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        if len(found) > 1:
+            raise self._refused(_LOG_PROBS, "runs the policy more than once")
+        return torch.where(mask.bool(), found[0], 0.0)
 
     def _later_of_all(self, per_token_kl: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[`later_kl`] of the rows of all processes that have a trainable token, `(N, T)` with our own `T`."""
@@ -270,7 +272,3 @@ class KLPenalty:
         rows = torch.cat([mask.any(1, keepdim=True).float(), later_kl(per_token_kl, mask)], dim=1)
         rows = accelerator.gather(accelerator.pad_across_processes(rows, dim=1))
         return rows[rows[:, 0] > 0, 1 : mask.size(1) + 1]
-
-    def _head(self, model: Any) -> Head:
-        """The LM head of a reference, or, with PEFT and by default, of the policy."""
-        return lm_head(self.trainer.accelerator.unwrap_model(self.trainer.model if model is None else model))

@@ -6,7 +6,7 @@ from typing import Any
 from ...functional.kl import KL_ESTIMATORS
 from ...lookup import lookup
 from ..input_checks import warn_user
-from ..shared_prefix import is_compiled, sharding
+from ..shared_prefix import INSTEAD_OF_FSDP1, flat_sharding, is_compiled
 from .checks import DEFAULT_ESTIMATOR, estimator_row, kl_choice, refuse_without
 
 K1_IN_LOSS = (
@@ -96,10 +96,10 @@ def _check_kl_of_completions(options: Any, name: str) -> None:
 
 
 def _check_exact(options: Any, what: str, instead: str) -> None:
-    if sharding(options) is not None:
+    if flat_sharding(options):
         raise ValueError(
-            f"{what} reads the weight of the LM head outside the model's forward, where FSDP and "
-            f"DeepSpeed ZeRO-3 keep only a part of it on each process. {instead} 'k2' or 'k3', or DDP or ZeRO-2."
+            f"{what} reads the weight of the LM head of the reference, which FSDP1 keeps as a part of one flat row of "
+            f"numbers. {INSTEAD_OF_FSDP1}; or {instead[0].lower()}{instead[1:]} 'k2' or 'k3'."
         )
     if is_compiled(options):
         raise ValueError(

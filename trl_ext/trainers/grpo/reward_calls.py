@@ -5,6 +5,8 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Set
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -137,10 +139,10 @@ class RewardCalls:
         self.called = False  # whether any function was called at all
 
     def wrapped(self, index: int, function: Any) -> Any:
-        """`function` for TRL to call; a model, which returns one number, is left as it is."""
+        """`function` for TRL to call; a model, which returns one number, in one that keeps what it raises."""
         if isinstance(function, torch.nn.Module):
             self._kinds[index] = _Kind(plain=True)
-            return function
+            return _KeepsErrors(function, partial(self._collecting_errors, index, "model"))
         parameters = parameters_of(function)
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         # A function that only passes its keyword arguments on is spared what most callees cannot store.
@@ -169,13 +171,13 @@ class RewardCalls:
         return asynchronous if is_async_callable(function) else synchronous
 
     @contextlib.contextmanager
-    def _collecting_errors(self, index: int) -> Iterator[None]:
+    def _collecting_errors(self, index: int, what: str = "function") -> Iterator[None]:
         try:
             yield
         except RewardError as error:
             self._kinds[index] = _Kind(error=str(error))
         except Exception as error:
-            message = f"Reward function {self.names[index]!r} raised {describe(error)}"
+            message = f"Reward {what} {self.names[index]!r} raised {describe(error)}"
             self._kinds[index] = _Kind(error=message, raised=True)
             self._causes[index] = error
 
@@ -243,6 +245,30 @@ class RewardCalls:
                 f"many steps. Use {self.advice}, or return one number (for example the minimum)."
             )
         return lists
+
+
+class _KeepsErrors(torch.nn.Module):
+    """
+    A reward model for TRL to call: what it raises is kept, and scores of 0 take its place until all processes know.
+
+    Args:
+        model (`torch.nn.Module`):
+            Returns an output with `logits`, of which TRL reads the first column. It is called, and nothing else.
+        keeping (`Callable`):
+            Makes the context that keeps an exception.
+    """
+
+    def __init__(self, model: torch.nn.Module, keeping: Callable[[], Any]):
+        super().__init__()
+        self._model, self._keeping = [model], keeping  # in a list: its parameters are not ours
+
+    def forward(self, **inputs: Any) -> Any:
+        rows = len(inputs["input_ids"])
+        with self._keeping():
+            output = self._model[0](**inputs)
+            output.logits.new_empty(rows).copy_(output.logits[:, 0])  # what TRL does with it
+            return output
+        return SimpleNamespace(logits=torch.zeros(rows, 1))
 
 
 def with_process_reward_model(arguments: dict[str, Any], options: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The options of our PPO trainer, and what is refused before a model loads."""
 
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,11 +48,6 @@ def check_ppo(options: Any) -> None:
         )
     if options.fp16:
         raise ValueError("The critic has no gradient scaler; use bf16=True or full precision.")
-    if options.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError(
-            "PPOTrainer keeps its critic outside the engine of DeepSpeed; use DDP (accelerate launch --multi_gpu) or "
-            "FSDP2, or GRPOTrainer with 'reinforce_plus_plus', which needs no critic."
-        )
     if any(name in str(options.optim) for name in _NOT_FOR_THE_CRITIC):
         raise ValueError(
             f"optim={getattr(options.optim, 'value', options.optim)!r} cannot be used for the critic; use a plain "

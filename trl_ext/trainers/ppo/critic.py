@@ -11,26 +11,16 @@ from accelerate.utils import broadcast
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForTokenClassification
 from transformers.utils import logging
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
+from ...sharded import not_divided, whole
+from ..gathering import copies, overwrite
+
 ADAPTER = FOLDER = "critic"
 _FILE = "critic.safetensors"
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which each process may hold a part. Entered by all processes alike."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def parted(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The counterpart: `tensor` on the device of `like`, and divided among the processes as `like` is."""
-    if not isinstance(like, DTensor):
-        return tensor.to(like.device)
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 class Critic:
@@ -43,6 +33,8 @@ class Critic:
         head (`torch.nn.Linear`):
             Hidden state → value. It is not a part of what is saved with, or divided like, the model.
     """
+
+    of_policy = False  # whether its parameters are among those of the policy, and therefore in the policy's engine
 
     def __init__(self, model: Any, head: torch.nn.Linear):
         self.model, self.head = model, head
@@ -74,7 +66,8 @@ class Critic:
 
     def save(self, folder: Path, is_writer: bool) -> None:
         """Writes what [`load`] reads. Entered by all processes; one writes."""
-        weights = {name: whole(p.detach()).cpu().contiguous() for name, p in self._of_file().items()}
+        named = self._of_file()
+        weights = dict(zip(named, copies(named.values()), strict=True))
         if is_writer:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / _FILE)
@@ -86,14 +79,12 @@ class Critic:
         return self.named_parameters()
 
     @staticmethod
-    @torch.no_grad()
     def _put(weights: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
         if weights.keys() != into.keys():
             raise ValueError(
                 f"The saved critic is another model; these differ: {sorted(weights.keys() ^ into.keys())}."
             )
-        for name, tensor in into.items():
-            tensor.copy_(parted(weights[name], tensor))
+        overwrite([*into.values()], [weights[name] for name in into])
 
 
 class AdapterCritic(Critic):
@@ -107,6 +98,8 @@ class AdapterCritic(Critic):
         device (`torch.device`):
             Where hidden states will be.
     """
+
+    of_policy = True
 
     def __init__(self, model: Any, device: torch.device):
         config = model.peft_config.get("default")
@@ -227,7 +220,7 @@ def _quietly_loaded(path: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), not_divided():  # the policy's engine does not know it
             return AutoModelForTokenClassification.from_pretrained(
                 path, num_labels=1, output_loading_info=True, **kwargs
             )

@@ -16,6 +16,7 @@ from ...functional.rewards import RewardBatch, reward_at_end
 from ...functional.values import clipped_value_loss, lambda_returns
 from ...upstream import trl_class
 from ..foreign import Options
+from ..gathering import settle
 from ..grpo.scoring import Rollout, Scoring
 from ..grpo.trainer import GRPOTrainer
 from .config import PPOConfig as PPOConfig
@@ -165,6 +166,7 @@ class PPOTrainer(GRPOTrainer):
             loss = self._aggregated(per_token, inputs)
             if training:
                 loss.backward()
+                settle(self)
         moved = ((values - old).abs() > cliprange) & learns if cliprange is not None else torch.zeros_like(learns)
         sums = torch.stack([x.detach().sum().float() for x in (per_token, moved, learns)])
         total, clipped, count = self.accelerator.reduce(sums, reduction="sum").tolist()
@@ -220,19 +222,27 @@ class PPOTrainer(GRPOTrainer):
         if self.args.should_save:
             torch.save(state, Path(output_dir, FOLDER, _STATE_FILE))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not Path(resume_from_checkpoint, FOLDER).is_dir():
+    @staticmethod
+    def _critic_in(checkpoint) -> Path:
+        folder = Path(checkpoint, FOLDER)
+        if not folder.is_dir():
             raise ValueError(
-                f"{resume_from_checkpoint} holds no critic: PPOTrainer did not write it. To start from its policy, "
-                "give it as the model."
+                f"{checkpoint} holds no critic: PPOTrainer did not write it. To start from its policy, give it as the "
+                "model."
             )
+        return folder
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        folder = self._critic_in(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.critic.load(Path(resume_from_checkpoint, FOLDER))
+        self.critic.load(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self.is_deepspeed_enabled:  # which reads the policy by itself
+            self.critic.load(self._critic_in(checkpoint))
         path = Path(checkpoint, FOLDER, _STATE_FILE)
         if path.exists():
             self._training.load_state_dict(  # type: ignore[union-attr]

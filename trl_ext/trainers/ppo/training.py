@@ -6,7 +6,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
-from .critic import Critic, parted, whole
+from ...sharded import parted, whole
+from ..gathering import copies, overwrite
+from .critic import Critic
 
 
 class CriticTraining:
@@ -27,7 +29,13 @@ class CriticTraining:
         cls, options = trainer.get_optimizer_cls_and_kwargs(trainer.args)
         # Matrices decay. What FSDP has divided and what it has not cannot stand in one group.
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        for parameter in critic.named_parameters().values():
+        parameters = [*critic.named_parameters().values()]
+        self._copied: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # what is trained → where it is read
+        if critic.of_policy and trainer.is_deepspeed_enabled:  # which holds them in parts, or rounded
+            whole_ones = (torch.nn.Parameter(copy.to(self.accelerator.device)) for copy in copies(parameters))
+            self._copied = dict(zip(whole_ones, parameters, strict=True))
+            parameters = [*self._copied]
+        for parameter in parameters:
             groups.setdefault((parameter.dim() > 1, isinstance(parameter, DTensor)), []).append(parameter)
         decay = trainer.args.weight_decay
         given = [
@@ -54,17 +62,24 @@ class CriticTraining:
         norm = self._clip(gradients)
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
+        self._hand_over()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"value/grad_norm": norm, "value/lr": rate}
 
     def _averaged(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """The gradient of all processes. One without a gradient gets 0: every process makes the same calls."""
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        read = self._copied.get(parameter, parameter)
+        gradient = torch.zeros_like(parameter) if read.grad is None else read.grad.to(parameter.dtype)
+        read.grad = None
         if self.accelerator.num_processes > 1 and not isinstance(parameter, DTensor):
             gradient = self.accelerator.reduce(gradient, reduction="mean")
         parameter.grad = gradient
         return gradient
+
+    def _hand_over(self) -> None:
+        if self._copied:
+            overwrite([*self._copied.values()], [copy.detach() for copy in self._copied])
 
     def _clip(self, gradients: list[torch.Tensor]) -> float:
         """The norm of all gradients together, before they are scaled to at most `max_grad_norm`."""
@@ -84,7 +99,8 @@ class CriticTraining:
             index: {name: whole(x) if isinstance(x, torch.Tensor) else x for name, x in entries.items()}
             for index, entries in optimizer["state"].items()
         }
-        return {"optimizer": {**optimizer, "state": state}, "scheduler": self.scheduler.state_dict()}
+        copied = {"copies": [copy.detach().cpu() for copy in self._copied]} if self._copied else {}
+        return {"optimizer": {**optimizer, "state": state}, "scheduler": self.scheduler.state_dict(), **copied}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         optimizer = state["optimizer"]
@@ -96,3 +112,6 @@ class CriticTraining:
                     entries[name] = parted(x, parameter)
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
+        for copy, saved in zip(self._copied, state.get("copies", []), strict=bool(self._copied)):
+            copy.data.copy_(saved)
+        self._hand_over()
