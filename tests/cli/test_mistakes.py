@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from tiny.command import trl_ext_here
 
+import trl_ext
 from trl_ext import cli
 from trl_ext.cli.interrupted import how_to_go_on
 from trl_ext.cli.words import checked_words
@@ -161,9 +163,10 @@ def test_accelerates_defaults_are_passed_unless_there_is_something_to_say(folder
     assert passed() == [1, 1, "no", "no"]
     assert passed("--num_processes", "2", "--mixed_precision", "bf16") == [2, 1, "bf16", "no"]
     assert passed("--multi_gpu") == [None] * 4, "several devices: accelerate says how many it takes"
-    (tmp_path / "accelerate.yaml").write_text("num_processes: 2\n")
+    shutil.copy(Path(trl_ext.__file__).parents[1] / "recipes/accelerate/ddp.yaml", tmp_path / "accelerate.yaml")
     assert passed("--config_file", str(tmp_path / "accelerate.yaml")) == [None] * 4
-    monkeypatch.setattr("trl_ext.cli.launch.default_config_file", str(tmp_path / "accelerate.yaml"))
+    for module in ("trl_ext.cli.launch", "accelerate.commands.config.config_args"):
+        monkeypatch.setattr(f"{module}.default_config_file", str(tmp_path / "accelerate.yaml"))
     assert passed() == [None] * 4, "the user's own configuration"
     monkeypatch.setattr("trl_ext.cli.launch.default_config_file", str(tmp_path / "none.yaml"))
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
