@@ -134,7 +134,7 @@ def options_of(command: str) -> Iterator[str]:
     if extended := EXTENDS.get(command):
         seen = {field.name for field in our_fields(CONFIGS[extended])}
         yield f"\nThose of `{CONFIGS[extended].__name__}`, and:\n"
-    yield "\n| option | type | default | may be | set alone | what |\n|---|---|---|---|---|---|\n"
+    yield "\n| option | what | type | default | may be | set alone |\n|---|---|---|---|---|---|\n"
     hints = typing.get_type_hints(config)
     for field in our_fields(config):
         if field.name not in seen or field.name in inspect.get_annotations(config):
@@ -145,11 +145,11 @@ def options_of(command: str) -> Iterator[str]:
             )
             yield row_of(
                 f"`{field.name}`",
+                text,
                 type_of(hints[field.name]),
                 default,
                 allowed,
                 said_alone(command, field.name),
-                text,
             )
 
 
