@@ -31,8 +31,8 @@ def still_alive() -> None:
     faulthandler.dump_traceback_later(LIMIT, exit=True)
 
 
-def zero(stage: int) -> dict:
-    """DeepSpeed. If a compilation of its operations is killed, a file `lock` lets every later one wait for ever."""
+def deepspeed_on_cpus() -> None:
+    """If a compilation of its operations is killed, a file `lock` lets every later one wait for ever: none begins."""
     os.environ.pop("ACCELERATE_USE_CPU", None)  # with which accelerate does not ask for DeepSpeed
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -43,6 +43,11 @@ def zero(stage: int) -> dict:
     deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)  # no compiler, no cache
     deepspeed.utils.logger.setLevel("ERROR")
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+
+
+def zero(stage: int) -> dict:
+    """DeepSpeed, and the options for a stage of it."""
+    deepspeed_on_cpus()
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "train_batch_size": "auto",
