@@ -2,6 +2,8 @@ import gc
 import os
 import signal
 import sys
+import tempfile
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network, no telemetry
@@ -38,6 +40,16 @@ def train(tiny_model, tmp_path):
     from tiny import train
 
     return partial(train, model=tiny_model, output_dir=tmp_path / "out")
+
+
+@pytest.fixture(autouse=True)
+def the_users_modules_go():
+    """Another test's user has other functions in a file of the same name."""
+    loaded = len(sys.modules)
+    yield
+    for name, module in list(islice(sys.modules.items(), loaded, None)):
+        if str(getattr(module, "__file__", None)).startswith(tempfile.gettempdir()):
+            del sys.modules[name]
 
 
 def pytest_collection_finish():

@@ -10,19 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny import PROMPTS
+from tiny.command import SMALL
 
 import trl_ext
 
-SMALL = {
-    "output_dir": "out",
-    "per_device_train_batch_size": 4,
-    "max_completion_length": 8,
-    "max_steps": 2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "bf16": False,
-}
 OURS = {
     "advantage_estimator": "reinforce_plus_plus",
     "advantage_kwargs": {"weighting": "sequence"},

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL
 from tiny import PROMPTS
+from tiny.command import SMALL
 
 from trl_ext import cli
 

@@ -200,7 +200,7 @@ def test_in_a_script_of_the_users_a_refusal_shows_their_line(folder, python):
 # Ctrl-C
 
 
-def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(folder, python):
+def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(folder, monkeypatch, capfd):
     change("run.yaml", save_strategy="steps", save_steps=1, max_steps=10_000)
     words = ["-m", "trl_ext.cli", "grpo", "--config=run.yaml"]
     with open("printed", "w") as printed:
@@ -218,7 +218,8 @@ def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(folder, python):
     assert again == f"To go on: {command}"
     assert not any("Traceback" in line or "Interrupt" in line for line in before), "nothing else of the end"
     step = int(checkpoint.rpartition("-")[2])
-    done = python("-m", "trl_ext.cli", *command.split()[1:], "--max_steps", str(step + 1), "--save_strategy", "no")
+    words = [*command.split()[1:], "--max_steps", str(step + 1), "--save_strategy", "no"]
+    done = trl_ext_here(monkeypatch, capfd, *words)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

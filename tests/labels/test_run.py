@@ -85,6 +85,7 @@ def test_a_run_that_was_killed_ends_with_the_bytes_of_one_that_was_not(given, se
     assert label(config, "killed") == whole
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(given):
     whole = label(given, "one")
     Path("run.yaml").write_text(yaml.safe_dump({**given, "output_dir": "two"}))
@@ -206,7 +207,7 @@ def test_data_that_cannot_be_labelled_are_refused(given, rows, sentence):
 
 def test_a_split_without_rows_is_refused(given, monkeypatch):
     whole = load_dataset("data", split="train")
-    monkeypatch.setattr(run_module, "load_dataset", lambda *args, **kwargs: whole.select([]))
+    monkeypatch.setattr("trl_ext.trainers.places.load_dataset", lambda *args, **kwargs: whole.select([]))
     with pytest.raises(ValueError, match="data has no row in its split 'train'"):
         label(given, "out")
 

@@ -69,6 +69,7 @@ def learned(result):
     assert any(entry.get("grad_norm", 0.0) > 1e-4 for entry in result["log"])
 
 
+@pytest.mark.slow  # `.ci/run` runs it after the others, when DeepSpeed is there
 @pytest.mark.parametrize("engine", ["fsdp2", *ZERO])
 def test_the_diagonal_trains_as_one_process_does(trained, models, tmp_path, engine):
     cases = DIAGONAL[engine]
@@ -83,6 +84,7 @@ def test_the_diagonal_trains_as_one_process_does(trained, models, tmp_path, engi
                 assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=5e-6), (case, name)
 
 
+@pytest.mark.slow  # as the diagonal
 def test_the_gradient_of_a_weight_in_parts_is_the_mean_of_all(trained):
     found = trained("fsdp2", *DIAGONAL["fsdp2"])["gradients"]
     mean = 1.5 * torch.arange(24.0).view(4, 6)  # of 1 and 2 times that

@@ -79,6 +79,7 @@ def test_four_processes_go_on_from_two_with_the_same_rows(killed, tiny_model, tm
     check(results[0], wholes[0], tiny_model)
 
 
+@pytest.mark.slow  # `.ci/run` runs it after the others
 def test_one_process_goes_on_from_two_with_the_same_rows(pair, tiny_model, tmp_path, recwarn):
     whole = pair.run(killed_worker, tiny_model, tmp_path)[0]
     checkpoint = str(tmp_path / "run" / "checkpoint-4")

@@ -47,6 +47,7 @@ def test_two_processes_equal_one(ddp, case):
     compare(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FSDP2)
 def test_two_processes_that_share_the_weights_equal_one(fsdp2, tiny_model, tmp_path, case):
     one = two_processes_ppo.run(tiny_model, tmp_path, 1, {case: FSDP2[case]})[case]
@@ -55,6 +56,7 @@ def test_two_processes_that_share_the_weights_equal_one(fsdp2, tiny_model, tmp_p
     compare(one, two)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_bit_for_bit(fsdp2):
     for whole, again in (fsdp2[0]["resumed"][:2], fsdp2[0]["resumed"][2:]):
         assert whole.keys() == again.keys()

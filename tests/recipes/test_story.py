@@ -50,6 +50,7 @@ def check(printed, tmp_path, steps, width):
     assert (tmp_path / "outputs/quickstart/curves.png").exists()
 
 
+@pytest.mark.slow
 def test_the_quickstart_is_told_in_less_than_40_lines(tmp_path):
     """With as many log entries as the whole of it."""
     pytest.importorskip("matplotlib")

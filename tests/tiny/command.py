@@ -2,10 +2,20 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import trl_ext
 from trl_ext import __main__, cli
+
+SMALL = {
+    "output_dir": "out",
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 8,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "bf16": False,
+}
 
 
 def trl_ext_here(monkeypatch, capfd, *words: str) -> subprocess.CompletedProcess:
@@ -21,7 +31,7 @@ def trl_ext_here(monkeypatch, capfd, *words: str) -> subprocess.CompletedProcess
     Returns:
         `subprocess.CompletedProcess`: Exit code of the launching half, or else of the worker, and what was printed.
     """
-    launched, there = [], set(sys.modules)
+    launched = []
     capfd.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr("accelerate.commands.launch.launch_command", launched.append)
@@ -34,8 +44,6 @@ def trl_ext_here(monkeypatch, capfd, *words: str) -> subprocess.CompletedProcess
             patch.setitem(sys.modules, "__main__", sys.modules["__main__"])
             code = _code_of(__main__.main)
             trl_ext.unregister()
-    for name in [name for name in set(sys.modules) - there if _is_the_users(sys.modules[name])]:
-        del sys.modules[name]  # another test's user has another of this name
     printed = capfd.readouterr()
     return subprocess.CompletedProcess(["trl-ext", *words], code, printed.out, printed.err)
 
@@ -45,8 +53,3 @@ def _code_of(main, *args) -> int:
         return main(*args) or 0
     except SystemExit as end:
         return end.code or 0
-
-
-def _is_the_users(module) -> bool:
-    file = getattr(module, "__file__", None)
-    return file is not None and Path(file).resolve().is_relative_to(Path.cwd())

@@ -63,6 +63,7 @@ def build(url, output_dir, lora=False, reward=outcome_reward, **options):
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_with_a_kl_in_the_reward(tmp_path):
     options = {"advantage_estimator": "reinforce_plus_plus", "kl_placement": "reward", "beta": 0.01}
     with serving(MODEL, max_lora_rank=8) as url:
