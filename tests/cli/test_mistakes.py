@@ -247,15 +247,15 @@ def test_the_same_command_goes_on_to_the_same_weights_bit_for_bit(folder, python
 
 
 def test_what_is_said_without_a_checkpoint_or_with_an_earlier_resumption(tmp_path):
-    lines = how_to_go_on(["grpo", "--config", "a b.yaml"], str(tmp_path)).splitlines()
+    lines = how_to_go_on(["grpo", "--config", "a b.yaml"], str(tmp_path), patience=0.0).splitlines()
     expected = ["trl-ext: stopped.", f"There is no whole checkpoint in {tmp_path}."]
     assert lines == [*expected, "Anew: trl-ext grpo --config 'a b.yaml'"]
-    assert how_to_go_on([], None).splitlines()[1] == "There is no whole checkpoint in the output_dir."
+    assert how_to_go_on([], None, patience=0.0).splitlines()[1] == "There is no whole checkpoint in the output_dir."
     (tmp_path / "checkpoint-3").mkdir()  # cut off
-    assert how_to_go_on(["grpo", "--config", "a b.yaml"], str(tmp_path)).splitlines()[:2] == expected
+    assert how_to_go_on(["grpo", "--config", "a b.yaml"], str(tmp_path), patience=0.0).splitlines()[:2] == expected
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
     for words in (["--resume_from_checkpoint", "x"], ["--resume_from_checkpoint=true"], ["--resume_from_checkpoint"]):
-        assert how_to_go_on(["grpo", *words, "--beta", "1"], str(tmp_path)).splitlines()[1:] == [
+        assert how_to_go_on(["grpo", *words, "--beta", "1"], str(tmp_path), patience=0.0).splitlines()[1:] == [
             f"The last whole checkpoint is {tmp_path}/checkpoint-3.",
             f"To go on: trl-ext grpo --beta 1 --resume_from_checkpoint {tmp_path}/checkpoint-3",
         ]
