@@ -200,17 +200,23 @@ def test_in_a_script_of_the_users_a_refusal_shows_their_line(folder, python):
 # Ctrl-C
 
 
-def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(folder, monkeypatch, capfd):
-    change("run.yaml", save_strategy="steps", save_steps=1, max_steps=10_000)
-    words = ["-m", "trl_ext.cli", "grpo", "--config=run.yaml"]
+def interrupted(words, checkpoint):
+    """What a run prints that is stopped with Ctrl-C once a checkpoint is whole."""
     with open("printed", "w") as printed:
         run = subprocess.Popen([sys.executable, *words], stdout=printed, stderr=printed, start_new_session=True)
     until = time.monotonic() + 240
-    while not Path("out/checkpoint-2/trainer_state.json").exists() and run.poll() is None and time.monotonic() < until:
-        time.sleep(0.2)
+    while not (checkpoint / "trainer_state.json").exists() and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(120) == 130, Path("printed").read_text()[-3000:]
-    *before, stopped, last, again = Path("printed").read_text().strip().splitlines()
+    code, text = run.wait(120), Path("printed").read_text()
+    assert code == 130, text[-3000:]
+    return text
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(folder, monkeypatch, capfd):
+    change("run.yaml", save_strategy="steps", save_steps=1, max_steps=10_000)
+    words = ["-m", "trl_ext.cli", "grpo", "--config=run.yaml"]
+    *before, stopped, last, again = interrupted(words, Path("out/checkpoint-2")).strip().splitlines()
     assert stopped == "trl-ext: stopped."
     checkpoint = last.removeprefix("The last whole checkpoint is ").removesuffix(".")
     assert (folder / checkpoint / "trainer_state.json").exists()
@@ -233,13 +239,7 @@ def test_the_same_command_goes_on_to_the_same_weights_bit_for_bit(folder, python
     change("run.yaml", save_strategy="steps", save_steps=1, max_steps=12, reward_funcs=["slow.length"])
     words = ["-m", "trl_ext.cli", "grpo", "--config", "run.yaml"]
     assert python(*words, "--output_dir", "whole").returncode == 0
-    with open("printed", "w") as printed:
-        run = subprocess.Popen([sys.executable, *words], stdout=printed, stderr=printed, start_new_session=True)
-    until = time.monotonic() + 240
-    while not Path("out/checkpoint-3/trainer_state.json").exists() and run.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(120) == 130, Path("printed").read_text()[-3000:]
+    interrupted(words, Path("out/checkpoint-3"))
     assert not Path("out/checkpoint-12").exists(), "it was stopped on the way"
     done = python(*words, "--resume_from_checkpoint", "true")
     assert done.returncode == 0, done.stderr[-3000:]
