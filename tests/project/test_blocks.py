@@ -97,7 +97,7 @@ def shell_blocks():
     """`(page and line, comment before it, lines)` of every block of shell lines."""
     for page in PAGES:
         text = page.read_text() if name_of(page) not in WALKS else ""
-        for found in re.finditer(r"(?:<!-- (\w+): next .*-->\n)?```bash\n(.*?)```", text, re.DOTALL):
+        for found in re.finditer(r"(?:<!-- (\w+): next [^\n]*-->\n)?```bash\n(.*?)```", text, re.DOTALL):
             line = text.count("\n", 0, found.start(2))
             yield f"{name_of(page)}:{line}", found[1], found[2].replace("\\\n", "").splitlines()
 
